@@ -1,0 +1,376 @@
+//! Opening an image with its parents: probing, finding, recognising.
+//!
+//! The parent of an image is looked for where the image says (through the [`Resolver`], which may refuse), at the
+//! places that the user gave, and, for formats that store only an identity (VDI, VirtualBox's VMDK), among the
+//! images of the same directory. What is found must have the identity that the child states.
+
+use crate::{
+    Access, Asker, BoxFuture, Buf, Code, Confidence, Disk, DiskOptions, Error, Events, Format, Identity,
+    Layer, Limits, Location, OpenRequest, Opened, ParentRef, Resolver, Result, Sample, Storage,
+};
+use std::sync::Arc;
+
+/// The formats that are known, in the order in which they are tried.
+#[derive(Clone, Default)]
+pub struct FormatRegistry(Vec<Arc<dyn Format>>);
+
+/// What probing found.
+pub struct Probe {
+    /// The format.
+    pub format: Arc<dyn Format>,
+    /// No format claims the file: it is read as raw because nothing else is left.
+    pub by_default: bool,
+}
+
+impl FormatRegistry {
+    /// A table of `formats`.
+    pub fn new(formats: Vec<Arc<dyn Format>>) -> Self {
+        FormatRegistry(formats)
+    }
+
+    /// All formats.
+    pub fn all(&self) -> &[Arc<dyn Format>] {
+        &self.0
+    }
+
+    /// The format that users call `name`.
+    pub fn by_name(&self, name: &str) -> Result<Arc<dyn Format>> {
+        let wanted = name.to_ascii_lowercase();
+        let found = self.0.iter().find(|f| f.name() == wanted || f.aliases().contains(&wanted.as_str()));
+        found.cloned().ok_or_else(|| {
+            let known: Vec<&str> = self.0.iter().map(|f| f.name()).collect();
+            Error::new(Code::Usage, format!("there is no format {name:?}"))
+                .allowed(known.join(", "))
+                .hint("`vellum formats` lists the formats")
+        })
+    }
+
+    /// Recognises a file by head and tail. What nobody claims is raw, by default.
+    pub async fn probe(&self, storage: &dyn Storage) -> Result<Probe> {
+        let len = storage.len()?;
+        let align = u64::from(storage.limits().alignment.max(1));
+        let take = (Sample::LEN as u64).min(len);
+        let head = read_sample(storage, 0, take, align).await?;
+        let tail_start = len - take;
+        let tail = read_sample(storage, tail_start, take, align).await?;
+        let sample = Sample { head: &head, tail: &tail, len };
+        let mut claims: Vec<(Confidence, &Arc<dyn Format>)> =
+            self.0.iter().map(|f| (f.probe(&sample), f)).filter(|(c, _)| *c != Confidence::No).collect();
+        claims.sort_by_key(|(confidence, _)| std::cmp::Reverse(*confidence));
+        match claims[..] {
+            [] => Ok(Probe { format: self.by_name("raw")?, by_default: true }),
+            [(first, a), (second, b), ..] if first == second => Err(Error::new(
+                Code::Ambiguous,
+                format!("both {} and {} claim this file", a.name(), b.name()),
+            )
+            .image(storage.name())
+            .hint("say which it is with -f FORMAT")),
+            [(_, format), ..] => Ok(Probe { format: format.clone(), by_default: false }),
+        }
+    }
+}
+
+async fn read_sample(storage: &dyn Storage, offset: u64, len: u64, align: u64) -> Result<Vec<u8>> {
+    // Direct storages take aligned requests only; the sample is cut out of an aligned one.
+    let start = offset / align * align;
+    let end = (offset + len).next_multiple_of(align).min(storage.len()?);
+    let (buf, result) = storage.read_at(Buf::zeroed((end - start) as usize), start).await;
+    result.map_err(|e| e.context("recognising the format"))?;
+    let skip = (offset - start) as usize;
+    Ok(buf[skip..skip + len as usize].to_vec())
+}
+
+/// How a chain is opened.
+#[derive(Clone)]
+pub struct ChainOptions {
+    /// Format of the top image; recognised by content if `None`.
+    pub format: Option<String>,
+    /// Places of parents given by the user, nearest parent first.
+    pub parents: Vec<Location>,
+    /// Recognise by content the format of a parent that the child does not state. Otherwise such a parent is an error
+    /// unless its identity is checked, because a guest can forge a header in raw data.
+    pub probe_parents: bool,
+    /// Use a parent although it was modified after the child was made.
+    pub allow_modified_parent: bool,
+    /// Limits for each image.
+    pub limits: Limits,
+    /// Where warnings go.
+    pub events: Events,
+    /// Options of the disk.
+    pub disk: DiskOptions,
+}
+
+impl Default for ChainOptions {
+    fn default() -> Self {
+        ChainOptions {
+            format: None,
+            parents: Vec::new(),
+            probe_parents: false,
+            allow_modified_parent: false,
+            limits: Limits::default(),
+            events: Events::default(),
+            disk: DiskOptions::default(),
+        }
+    }
+}
+
+/// An image that was opened, and how it was recognised.
+pub struct OpenedImage {
+    /// The image and its location.
+    pub layer: Layer,
+    /// Its driver.
+    pub format: Arc<dyn Format>,
+    /// It was read as raw because no format claims it.
+    pub raw_by_default: bool,
+    /// The file that was named.
+    pub storage: Arc<dyn Storage>,
+}
+
+impl FormatRegistry {
+    /// Opens one image, without its parents.
+    pub async fn open_image(
+        &self,
+        resolver: &Arc<dyn Resolver>,
+        opened: Opened,
+        format: Option<&str>,
+        options: &ChainOptions,
+        open_parts: bool,
+    ) -> Result<OpenedImage> {
+        let Opened { storage, location } = opened;
+        let probe = match format {
+            Some(name) => Probe { format: self.by_name(name)?, by_default: false },
+            None => self.probe(storage.as_ref()).await?,
+        };
+        let request = OpenRequest {
+            storage: storage.clone(),
+            location: location.clone(),
+            resolver: resolver.clone(),
+            limits: options.limits,
+            events: options.events.clone(),
+            open_parts,
+        };
+        let name = probe.format.name();
+        let image =
+            probe.format.open(request).await.map_err(|e| {
+                e.format(name).image(&location).context(format!("opening {location} as {name}"))
+            })?;
+        let layer = Layer { image, location };
+        Ok(OpenedImage { layer, format: probe.format, raw_by_default: probe.by_default, storage })
+    }
+
+    /// Opens an image that the user named, with all its parents.
+    pub async fn open_chain(
+        &self,
+        resolver: &Arc<dyn Resolver>,
+        name: &str,
+        options: &ChainOptions,
+    ) -> Result<(Disk, Vec<OpenedImage>)> {
+        let opened = resolver.open(name, &Asker::User, Access::default()).await?;
+        let mut images =
+            vec![self.open_image(resolver, opened, options.format.as_deref(), options, true).await?];
+        while let Some(parent) = images.last().and_then(|child| child.layer.image.info().parent.clone()) {
+            if images.len() >= options.limits.chain_depth {
+                return Err(Error::new(Code::Depth, "the chain of parents is too long")
+                    .image(name)
+                    .found(format!("more than {} images", images.len()))
+                    .allowed(format!("up to {}", options.limits.chain_depth))
+                    .hint("merge some of the images"));
+            }
+            let found = self.find_parent(resolver, &images, &parent, options).await?;
+            check_cycle(&images, &found)?;
+            images.push(found);
+        }
+        let layers = images.iter().map(|image| image.layer.clone()).collect();
+        Ok((Disk::new(layers, options.disk.clone())?, images))
+    }
+
+    /// Finds and opens the parent of the last of `images`.
+    fn find_parent<'a>(
+        &'a self,
+        resolver: &'a Arc<dyn Resolver>,
+        images: &'a [OpenedImage],
+        parent: &'a ParentRef,
+        options: &'a ChainOptions,
+    ) -> BoxFuture<'a, Result<OpenedImage>> {
+        Box::pin(async move {
+            let Some(child) = images.last().map(|image| &image.layer) else {
+                return Err(Error::new(Code::Usage, "a parent without a child"));
+            };
+            let search = Search { formats: self, resolver, child, parent, options };
+            if let Some(given) = options.parents.get(images.len() - 1) {
+                let opened = resolver.open(&given.0, &Asker::User, Access::default()).await?;
+                let found = search.open(opened, true).await?;
+                return search.recognise(found);
+            }
+            let asker = Asker::Parent { of: child.location.clone() };
+            let mut refused = None;
+            let mut tried = Vec::new();
+            for hint in &parent.hints {
+                match resolver.open(&hint.place, &asker, Access::default()).await {
+                    Ok(opened) => {
+                        tried.push(opened.location.0.clone());
+                        let found = search.open(opened, false).await?;
+                        return search.recognise(found);
+                    }
+                    Err(error) if error.code() == Code::NotFound => tried.push(hint.place.clone()),
+                    Err(error) => {
+                        let error = error.image(&child.location).field(hint.field).found(&hint.place);
+                        refused.get_or_insert(error);
+                    }
+                }
+            }
+            if parent.expected.uuid.is_some()
+                && let Some(found) = search.siblings(images).await?
+            {
+                return search.recognise(found);
+            }
+            match refused {
+                Some(error) => Err(error.context(format!("looking for the parent of {}", child.location))),
+                None => Err(search.missing(&tried)),
+            }
+        })
+    }
+}
+
+/// The search for the parent of one image.
+struct Search<'a> {
+    formats: &'a FormatRegistry,
+    resolver: &'a Arc<dyn Resolver>,
+    child: &'a Layer,
+    parent: &'a ParentRef,
+    options: &'a ChainOptions,
+}
+
+impl Search<'_> {
+    async fn open(&self, opened: Opened, named_by_user: bool) -> Result<OpenedImage> {
+        let identified = self.parent.expected != Identity::default();
+        let location = opened.location.clone();
+        let format = self.parent.format.as_deref();
+        let found = self
+            .formats
+            .open_image(self.resolver, opened, format, self.options, true)
+            .await
+            .map_err(|e| e.context(format!("opening the parent of {}", self.child.location)))?;
+        let probed = format.is_none() && !found.raw_by_default;
+        if probed && !identified && !named_by_user && !self.options.probe_parents {
+            return Err(Error::new(
+                Code::FormatRequired,
+                "the image does not say which format its parent has",
+            )
+            .image(&self.child.location)
+            .found(format!("{location} looks like {}", found.format.name()))
+            .hint("if you trust the parent, repeat with --probe-parents, or name it with --parent FILE"));
+        }
+        Ok(found)
+    }
+
+    /// Looks among the images of the child's directory for the one with the expected UUID.
+    async fn siblings(&self, images: &[OpenedImage]) -> Result<Option<OpenedImage>> {
+        for location in self.resolver.siblings(&self.child.location).await? {
+            if images.iter().any(|image| image.layer.location == location) {
+                continue;
+            }
+            let asker = Asker::Parent { of: self.child.location.clone() };
+            let name = self.resolver.file_name(&location);
+            let Ok(opened) = self.resolver.open(&name, &asker, Access::default()).await else { continue };
+            // Only what some format claims can have an identity; a broken neighbour is not our affair.
+            match self.formats.probe(opened.storage.as_ref()).await {
+                Ok(probe) if !probe.by_default => {}
+                _ => continue,
+            }
+            let Ok(found) =
+                self.formats.open_image(self.resolver, opened.clone(), None, self.options, false).await
+            else {
+                continue;
+            };
+            if found.layer.image.info().identity.uuid == self.parent.expected.uuid {
+                return Ok(Some(
+                    self.formats.open_image(self.resolver, opened, None, self.options, true).await?,
+                ));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Compares the identity of what was found with what the child expects.
+    fn recognise(&self, found: OpenedImage) -> Result<OpenedImage> {
+        let have = found.layer.image.info().identity;
+        let want = self.parent.expected;
+        let differs = |code, what: &str, have: String, want: String, hint: &str| {
+            Err(Error::new(code, what)
+                .image(&self.child.location)
+                .found(format!("{} with {have}", found.layer.location))
+                .allowed(want)
+                .hint(hint))
+        };
+        let text = |id: Option<crate::Uuid>| id.map_or("no UUID".to_owned(), |id| format!("UUID {id}"));
+        if want.uuid.is_some() && want.uuid != have.uuid {
+            return differs(
+                Code::ParentWrong,
+                "the image found is not the parent",
+                text(have.uuid),
+                text(want.uuid),
+                "name the right parent with --parent FILE",
+            );
+        }
+        let hint = "reading the child would give mixed data; if you know better, use --allow-modified-parent";
+        let modified = "the parent was modified after the child was made";
+        if !self.options.allow_modified_parent {
+            if want.modification.is_some() && want.modification != have.modification {
+                return differs(
+                    Code::ParentModified,
+                    modified,
+                    text(have.modification),
+                    text(want.modification),
+                    hint,
+                );
+            }
+            if let (Some(want), have) = (want.cid, have.cid)
+                && have != Some(want)
+            {
+                let have = have.map_or("no CID".to_owned(), |cid| format!("CID {cid:08x}"));
+                return differs(Code::ParentModified, modified, have, format!("CID {want:08x}"), hint);
+            }
+        }
+        Ok(found)
+    }
+
+    fn missing(&self, tried: &[String]) -> Error {
+        let tried = match tried {
+            [] => "among the images of its directory".to_owned(),
+            tried => format!("at {}", tried.join(", ")),
+        };
+        Error::new(Code::ParentMissing, format!("the parent was not found {tried}"))
+            .image(&self.child.location)
+            .found(format!("a child of {}", self.parent.describe()))
+            .hint("name the parent with --parent FILE")
+    }
+}
+
+fn check_cycle(images: &[OpenedImage], found: &OpenedImage) -> Result<()> {
+    let same = |image: &&OpenedImage| {
+        image.layer.location == found.layer.location
+            || matches!((image.storage.id(), found.storage.id()), (Some(a), Some(b)) if a == b)
+    };
+    match images.iter().find(same) {
+        None => Ok(()),
+        Some(image) => Err(Error::new(Code::Cycle, "the chain of parents comes back to itself")
+            .image(&found.layer.location)
+            .found(format!("it is already in the chain as {}", image.layer.location))
+            .hint("one of the images names a wrong parent; name the right one with --parent FILE")),
+    }
+}
+
+/// Opens an image alone, for `info`: no parent and no part is touched.
+impl FormatRegistry {
+    /// Opens the image at `name` without any other file.
+    pub async fn open_alone(
+        &self,
+        resolver: &Arc<dyn Resolver>,
+        name: &str,
+        options: &ChainOptions,
+    ) -> Result<OpenedImage> {
+        let opened = resolver.open(name, &Asker::User, Access::default()).await?;
+        self.open_image(resolver, opened, options.format.as_deref(), options, false).await
+    }
+}
