@@ -1,1 +1,6 @@
-//! (being written)
+//! Test suites that every Storage and every format passes. Panics are how a suite says no.
+
+#![forbid(unsafe_code)]
+
+pub mod format;
+pub mod storage;

@@ -56,6 +56,18 @@ impl<T: Send + 'static> Completion<T> {
         Completion(State::Future(Box::pin(future)))
     }
 
+    /// A completion whose `future` starts now and runs to its end even if the completion is dropped: polled here,
+    /// then on the threads that wake it. For changes that take several steps.
+    pub fn started(future: impl Future<Output = T> + Send + 'static) -> Self
+    where
+        T: Lost,
+    {
+        let (completer, completion) = Self::slot();
+        let driven: BoxFuture<'static, ()> = Box::pin(async move { completer.complete(future.await) });
+        Driver::start(driven);
+        completion
+    }
+
     /// A completion and the end that fills it from any thread.
     pub fn slot() -> (Completer<T>, Self)
     where
@@ -343,6 +355,18 @@ mod tests {
             assert_eq!(receive.recv().unwrap(), 1);
             assert!(receive.recv().is_err());
         }
+    }
+
+    #[test]
+    fn a_started_future_ends_though_its_completion_is_dropped() {
+        let (completer, first) = Completion::<Result<u32>>::slot();
+        let (send, receive) = mpsc::channel();
+        drop(Completion::<Result<()>>::started(async move {
+            send.send(first.await.unwrap()).unwrap();
+            Ok(())
+        }));
+        completer.complete(Ok(4));
+        assert_eq!(receive.recv().unwrap(), 4);
     }
 
     #[test]

@@ -67,7 +67,7 @@ impl Concat {
                 Some(flags) => part.write_at(buf, inner.start, flags),
             };
         }
-        Completion::from_future(async move {
+        let steps = async move {
             let window = buf.window();
             let mut at = window.start;
             for (part, inner) in pieces {
@@ -86,7 +86,12 @@ impl Concat {
             }
             buf.set_window(window);
             (buf, Ok(()))
-        })
+        };
+        match write {
+            None => Completion::from_future(steps),
+            // A write runs to its end even if nobody waits for it.
+            Some(_) => Completion::started(steps),
+        }
     }
 }
 
@@ -115,7 +120,7 @@ impl Storage for Concat {
     }
     fn flush(&self) -> Completion<Result<()>> {
         let whole = self.clone();
-        Completion::from_future(async move {
+        Completion::started(async move {
             for (_, part) in &whole.0.parts {
                 part.flush().await?;
             }
@@ -124,7 +129,7 @@ impl Storage for Concat {
     }
     fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Completion<Result<()>> {
         let pieces = self.split(range);
-        Completion::from_future(async move {
+        Completion::started(async move {
             for (part, inner) in pieces {
                 part.zero(inner, mode).await?;
             }
@@ -133,7 +138,7 @@ impl Storage for Concat {
     }
     fn discard(&self, range: Range<u64>) -> Completion<Result<()>> {
         let pieces = self.split(range);
-        Completion::from_future(async move {
+        Completion::started(async move {
             for (part, inner) in pieces {
                 part.discard(inner).await?;
             }

@@ -183,7 +183,7 @@ impl Storage for Memory {
         let mut content = self.content.write();
         if len < content.len {
             let old = content.len;
-            content.zero(len..old.next_multiple_of(PAGE));
+            content.zero(len..old.checked_next_multiple_of(PAGE).unwrap_or(old));
         }
         content.len = len;
         Completion::ready(Ok(()))

@@ -151,6 +151,14 @@ pub trait Storage: Send + Sync + 'static {
     fn allocated_bytes(&self) -> Option<u64> {
         None
     }
+    /// Time of the last change, in nanoseconds since 1970, if known.
+    fn modified_ns(&self) -> Option<u128> {
+        None
+    }
+    /// Asks the host to begin writing a range back, without waiting. A hint.
+    fn start_writeback(&self, range: Range<u64>) {
+        let _ = range;
+    }
     /// For storages that recognise their own kind in [`Storage::copy_from`].
     fn as_any(&self) -> &dyn Any;
 }

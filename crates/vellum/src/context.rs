@@ -1,0 +1,66 @@
+//! [`Vellum`]: the formats, the resolver and the limits that every job uses.
+
+use std::sync::Arc;
+use vellum_core::{
+    Access, Asker, ChainOptions, Disk, Error, Format, FormatRegistry, OpenedImage, Resolver, Result, block_on,
+};
+pub use vellum_io::FilePolicy;
+
+/// The entry to the library. Cheap to clone.
+#[derive(Clone)]
+pub struct Vellum {
+    pub(crate) formats: FormatRegistry,
+    pub(crate) resolver: Arc<dyn Resolver>,
+}
+
+/// All formats of this build, in the order in which they are tried.
+pub fn formats() -> Vec<Arc<dyn Format>> {
+    vec![
+        Arc::new(vellum_format_qcow2::Qcow2),
+        Arc::new(vellum_format_vmdk::Vmdk),
+        Arc::new(vellum_format_vdi::Vdi),
+        Arc::new(vellum_format_vhd::Vhd),
+        Arc::new(vellum_format_raw::Raw),
+    ]
+}
+
+impl Vellum {
+    /// Vellum with all formats over `resolver`.
+    pub fn new(resolver: Arc<dyn Resolver>) -> Self {
+        Vellum { formats: FormatRegistry::new(formats()), resolver }
+    }
+
+    /// Vellum over the files of this machine, under `policy`.
+    pub fn local(policy: FilePolicy) -> Self {
+        Vellum::new(Arc::new(vellum_io::LocalFiles::new(policy, vellum_io::OpenOptions::default())))
+    }
+
+    /// The formats.
+    pub fn formats(&self) -> &FormatRegistry {
+        &self.formats
+    }
+
+    /// The resolver.
+    pub fn resolver(&self) -> &Arc<dyn Resolver> {
+        &self.resolver
+    }
+
+    /// Opens a disk for reading, with all its parents.
+    pub fn open(&self, name: &str, options: &ChainOptions) -> Result<(Disk, Vec<OpenedImage>)> {
+        block_on(self.formats.open_chain(&self.resolver, name, options))
+    }
+
+    /// Opens an image alone: no parent, no extent, no data file is touched.
+    pub fn open_alone(&self, name: &str, options: &ChainOptions) -> Result<OpenedImage> {
+        block_on(self.formats.open_alone(&self.resolver, name, options))
+    }
+
+    /// Which format a file has by its content; `None` when no format claims it.
+    pub fn probe(&self, name: &str) -> Result<Option<&'static str>> {
+        let found: Result<_, Error> = block_on(async {
+            let opened = self.resolver.open(name, &Asker::User, Access::default()).await?;
+            self.formats.probe(opened.storage.as_ref()).await
+        });
+        found.map(|probe| (!probe.by_default).then(|| probe.format.name()))
+    }
+}

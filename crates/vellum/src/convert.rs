@@ -1,0 +1,498 @@
+//! `convert`: a disk, whatever its chain, into a new image of any format and variant.
+//!
+//! The result is written beside its final name and renamed into place when it is durable. A conversion that lasts
+//! longer than a second keeps a job file (`journal.rs`) from which it can be resumed: the writer's placements are a
+//! function of the blocks placed so far, so repeating them restores its state.
+
+use crate::journal::{self, Journal, Progressed};
+use crate::pipeline::{Pipeline, Plan};
+use crate::scan::{Scan, chunk_bytes};
+use crate::{CompareRequest, Progress, Vellum};
+use parking_lot::{Condvar, Mutex};
+use sha2::{Digest, Sha256};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use vellum_core::{
+    Access, Asker, ChainOptions, Code, CreateRequest, Disk, DiskTraits, Error, Format, ImageWriter, Location,
+    OpenedImage, OptionValues, Output, OutputMode, Providers, Result, ZeroMode, block_on, write_all,
+};
+
+/// What to convert into what.
+#[derive(Clone)]
+pub struct ConvertRequest {
+    /// The top image of the source.
+    pub source: String,
+    /// How the source is opened.
+    pub source_options: ChainOptions,
+    /// Where the new image goes.
+    pub target: String,
+    /// Its format.
+    pub target_format: String,
+    /// Options of the target's driver: name and value.
+    pub options: Vec<(String, String)>,
+    /// Compress, if the variant can.
+    pub compress: bool,
+    /// Compression level, on the codec's own scale.
+    pub level: Option<i32>,
+    /// Threads; `None` is one for each processor.
+    pub threads: Option<usize>,
+    /// Runs of zeros of at least this many bytes become holes; 0 keeps all data of the source as it is.
+    /// `None` is 4096, and lets the host share whole blocks without looking at them.
+    pub sparse_bytes: Option<u64>,
+    /// Read the result back and compare it with the source.
+    pub verify: bool,
+    /// Continue a conversion that was interrupted.
+    pub resume: bool,
+    /// The same input and options give the same bytes: no random identities, no clock.
+    pub reproducible: bool,
+    /// Replace an existing target.
+    pub force: bool,
+}
+
+impl ConvertRequest {
+    /// A conversion with defaults.
+    pub fn new(source: &str, target: &str, target_format: &str) -> Self {
+        ConvertRequest {
+            source: source.to_owned(),
+            source_options: ChainOptions::default(),
+            target: target.to_owned(),
+            target_format: target_format.to_owned(),
+            options: Vec::new(),
+            compress: false,
+            level: None,
+            threads: None,
+            sparse_bytes: None,
+            verify: false,
+            resume: false,
+            reproducible: false,
+            force: false,
+        }
+    }
+}
+
+/// What a conversion did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConvertReport {
+    /// Name of the source's format.
+    pub source_format: &'static str,
+    /// The source was read as raw because no format claims it.
+    pub raw_by_default: bool,
+    /// Size of the disk in bytes.
+    pub virtual_size: u64,
+    /// Bytes of the source that were read or shared.
+    pub data_bytes: u64,
+    /// Guest position from which an interrupted conversion was continued.
+    pub resumed_at: Option<u64>,
+    /// The result was read back and is the same.
+    pub verified: bool,
+}
+
+/// A job file is begun, and brought up to date, this often.
+const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
+
+impl Vellum {
+    /// Converts a disk. On an error, or when `progress` says stop, nothing that looks finished is left.
+    pub fn convert(&self, request: &ConvertRequest, progress: &dyn Progress) -> Result<ConvertReport> {
+        let (disk, images) = self.open(&request.source, &request.source_options)?;
+        let format = self.formats.by_name(&request.target_format)?;
+        let mode = self.check_target(request, &images)?;
+        let options =
+            OptionValues::check(format.name(), format.create_options(), request.options.iter().cloned())?;
+        let job = Job { vellum: self, request, disk, images, format, options, mode };
+        job.run(progress)
+    }
+
+    /// Whether the target may be written, and how.
+    fn check_target(&self, request: &ConvertRequest, images: &[OpenedImage]) -> Result<OutputMode> {
+        let target = Location(request.target.clone());
+        if !block_on(self.resolver.exists(&target))? {
+            return Ok(OutputMode::Fresh);
+        }
+        let existing = block_on(self.resolver.open(&target.0, &Asker::User, Access::default()))?;
+        let id = existing.storage.id();
+        let in_use = |image: &OpenedImage| {
+            let storages = image.layer.image.storages().iter();
+            id.is_some() && (image.storage.id() == id || storages.map(|s| s.id()).any(|other| other == id))
+        };
+        if images.iter().any(in_use) {
+            return Err(Error::new(Code::Usage, "the target is part of the source")
+                .image(&target)
+                .hint("choose another target; rename it afterwards"));
+        }
+        let device = !existing.storage.limits().resizable;
+        if !request.force {
+            let what = if device {
+                "the target is a device and its content would be lost"
+            } else {
+                "the target exists"
+            };
+            return Err(Error::new(Code::Exists, what).image(&target).hint("use --force to overwrite it"));
+        }
+        Ok(if device { OutputMode::Device } else { OutputMode::Fresh })
+    }
+}
+
+/// One conversion.
+struct Job<'a> {
+    vellum: &'a Vellum,
+    request: &'a ConvertRequest,
+    disk: Disk,
+    images: Vec<OpenedImage>,
+    format: std::sync::Arc<dyn Format>,
+    options: OptionValues,
+    mode: OutputMode,
+}
+
+impl Job<'_> {
+    fn run(&self, progress: &dyn Progress) -> Result<ConvertReport> {
+        let target = Location(self.request.target.clone());
+        let job_location = journal::location(self.vellum.resolver.as_ref(), &target);
+        let resumed = self.find_resumable(&job_location)?;
+        let stamp = SourceStamp::take(&self.images);
+        let providers = self.providers(resumed.as_ref().map(|(_, p)| p.begin.as_str()))?;
+        let begin = self.begin_text(&providers, &stamp)?;
+        let mode = match &resumed {
+            Some((_, progressed)) => {
+                check_same_job(&job_location, &progressed.begin, &begin)?;
+                OutputMode::Resume
+            }
+            None => self.mode.clone(),
+        };
+        let output = Output::new(self.vellum.resolver.clone(), target, mode);
+        let (journal, progressed) = match resumed {
+            Some((journal, progressed)) => (Some(journal), Some(progressed)),
+            None => (None, None),
+        };
+        let keeper = Keeper {
+            location: job_location.clone(),
+            begin,
+            journal: Mutex::new(journal),
+            resolver: self.vellum.resolver.clone(),
+            possible: self.mode != OutputMode::Device,
+        };
+        let result = self.write(&output, &providers, &keeper, progressed.as_ref(), progress);
+        let report = match result.and_then(|report| stamp.check(&self.images).map(|()| report)) {
+            Ok(report) => report,
+            Err(error) => return Err(self.give_up(error, &output, &keeper)),
+        };
+        block_on(output.put_in_place()).map_err(|error| self.give_up(error, &output, &keeper))?;
+        keeper.delete();
+        if self.request.verify { self.verify(report, progress) } else { Ok(report) }
+    }
+
+    fn find_resumable(&self, job: &Location) -> Result<Option<(Journal, Progressed)>> {
+        if !self.request.resume || self.mode == OutputMode::Device {
+            return Ok(None);
+        }
+        block_on(Journal::resume(self.vellum.resolver.as_ref(), job))
+    }
+
+    /// Time and randomness of the new image: fixed if it must be reproducible, the old ones if resumed.
+    fn providers(&self, resumed_begin: Option<&str>) -> Result<Seed> {
+        if let Some(begin) = resumed_begin {
+            let value =
+                |name: &str| begin.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+            let seed = value("seed").and_then(|v| u128::from_str_radix(v, 16).ok());
+            let unix_time = value("time").and_then(|v| v.parse().ok());
+            return match (seed, unix_time) {
+                (Some(seed), Some(unix_time)) => Ok(Seed { seed, unix_time }),
+                _ => Err(Error::new(Code::JournalMismatch, "the job file holds no seed")),
+            };
+        }
+        if self.request.reproducible {
+            return Ok(Seed::reproducible(self.format.name(), self.disk.size(), &self.options));
+        }
+        Seed::random()
+    }
+
+    /// What identifies the job: a resumed one must be asked for with the same words over the same source.
+    fn begin_text(&self, seed: &Seed, stamp: &SourceStamp) -> Result<String> {
+        use std::fmt::Write;
+        let mut text = String::new();
+        let _ = writeln!(text, "operation=convert");
+        let _ = writeln!(text, "target={}", self.request.target.escape_debug());
+        let _ = writeln!(text, "format={}", self.format.name());
+        for (name, value) in self.options.list() {
+            let _ = writeln!(text, "option {name}={}", value.escape_debug());
+        }
+        let _ = writeln!(text, "compress={} level={:?}", self.request.compress, self.request.level);
+        let _ = writeln!(text, "size={}", self.disk.size());
+        for (image, stamp) in self.images.iter().zip(&stamp.0) {
+            let location = image.layer.location.0.escape_debug();
+            let _ = writeln!(text, "source={location} format={} {stamp:?}", image.format.name());
+        }
+        let _ = writeln!(text, "seed={:x}\ntime={}", seed.seed, seed.unix_time);
+        Ok(text)
+    }
+
+    fn write(
+        &self,
+        output: &Output,
+        seed: &Seed,
+        keeper: &Keeper,
+        progressed: Option<&Progressed>,
+        progress: &dyn Progress,
+    ) -> Result<ConvertReport> {
+        let request = CreateRequest {
+            output: output.clone(),
+            virtual_size: self.disk.size(),
+            options: self.options.clone(),
+            traits: self.traits(),
+            compress: self.request.compress,
+            level: self.request.level,
+            providers: Providers::seeded(seed.seed, seed.unix_time),
+        };
+        let mut writer = block_on(self.format.create(request))?;
+        if self.mode == OutputMode::Device {
+            for storage in output.storages() {
+                block_on(storage.zero(0..storage.len()?, ZeroMode::MayUnmap))?;
+            }
+        }
+        let start = progressed.map_or(0, |p| p.position);
+        if let Some(progressed) = progressed {
+            replay(writer.as_mut(), progressed)?;
+        }
+        let layers = self.disk.layers().iter().map(|layer| layer.image.info().block_size);
+        let encoded_block = writer.shape().codec.as_ref().map(|_| writer.shape().block_size);
+        // Blocks of uncompressed sources need no whole chunk; compressed ones are at most 2 MiB in practice.
+        let chunk = chunk_bytes(layers.map(|block| block.min(2 << 20)).chain(encoded_block));
+        let pipeline = Pipeline::new(Plan {
+            disk: self.disk.clone(),
+            scan: Scan::new(self.disk.clone(), chunk, start),
+            writer,
+            sparse_bytes: self.request.sparse_bytes.unwrap_or(4096),
+            share: self.request.sparse_bytes.is_none_or(|bytes| bytes == 0),
+            threads: self.threads(),
+            progress,
+            keep_log: keeper.possible,
+        });
+        progress.begin("converting", self.disk.size());
+        keeper.run(&pipeline, output)?;
+        let data_bytes = pipeline.moved();
+        block_on(pipeline.into_writer().finish())?;
+        progress.advance(self.disk.size(), data_bytes);
+        let source = self.images.first();
+        Ok(ConvertReport {
+            source_format: source.map_or("", |image| image.format.name()),
+            raw_by_default: source.is_some_and(|image| image.raw_by_default),
+            virtual_size: self.disk.size(),
+            data_bytes,
+            resumed_at: progressed.map(|p| p.position),
+            verified: false,
+        })
+    }
+
+    /// What the source keeps besides its content and the target can keep too.
+    fn traits(&self) -> DiskTraits {
+        let Some(top) = self.images.first() else { return DiskTraits::default() };
+        let info = top.layer.image.info();
+        DiskTraits { comment: info.comment.clone(), pchs: info.pchs, lchs: info.lchs, uuid: None }
+    }
+
+    fn threads(&self) -> usize {
+        let processors = || std::thread::available_parallelism().map_or(1, usize::from).min(16);
+        self.request.threads.unwrap_or_else(processors).clamp(1, 256)
+    }
+
+    /// Leaves what can be resumed, deletes what cannot, and says which in the error.
+    fn give_up(&self, error: Error, output: &Output, keeper: &Keeper) -> Error {
+        if keeper.is_begun() {
+            return error.hint("what is done so far is kept: repeat the command with --resume to go on");
+        }
+        block_on(output.discard());
+        error
+    }
+
+    fn verify(&self, report: ConvertReport, progress: &dyn Progress) -> Result<ConvertReport> {
+        let compare = CompareRequest { strict: false, threads: self.request.threads, phase: "verifying" };
+        let options = ChainOptions { format: Some(self.format.name().to_owned()), ..ChainOptions::default() };
+        let (target, _) = self.vellum.open(&self.request.target, &options)?;
+        let compared = self.vellum.compare(&self.disk, &target, &compare, progress)?;
+        if let Some(first) = compared.first_difference {
+            let target = Location(self.request.target.clone());
+            let set_aside = Location(format!("{}.part", target.0));
+            block_on(self.vellum.resolver.rename(&target, &set_aside))?;
+            return Err(Error::new(Code::Mismatch, "the result differs from the source")
+                .image(&self.request.target)
+                .at(first)
+                .hint(format!("it was set aside as {set_aside}; suspect memory or disk of this machine")));
+        }
+        Ok(ConvertReport { verified: true, ..report })
+    }
+}
+
+/// Repeats the placements of an interrupted job: the writer is then where it was.
+fn replay(writer: &mut dyn ImageWriter, progressed: &Progressed) -> Result<()> {
+    let mut writes = Vec::new();
+    for placed in &progressed.placed {
+        writer.place(placed.block, placed.payload, &mut writes)?;
+        if writes.len() > 256 {
+            block_on(write_all(writer.storages(), std::mem::take(&mut writes)))?;
+        }
+    }
+    block_on(write_all(writer.storages(), writes))
+}
+
+fn check_same_job(location: &Location, old: &str, new: &str) -> Result<()> {
+    let differs = old.lines().zip(new.lines()).find(|(a, b)| a != b);
+    let (found, allowed) = match differs {
+        Some((old, new)) => (old.to_owned(), new.to_owned()),
+        None if old.lines().count() == new.lines().count() => return Ok(()),
+        None => ("another number of options or sources".to_owned(), String::new()),
+    };
+    Err(Error::new(Code::JournalMismatch, "the interrupted conversion was another one")
+        .image(location)
+        .found(found)
+        .allowed(allowed)
+        .hint("start over without --resume, or repeat the command exactly as it was"))
+}
+
+/// Seed and time of a job's providers.
+struct Seed {
+    seed: u128,
+    unix_time: u64,
+}
+
+impl Seed {
+    fn random() -> Result<Self> {
+        let mut seed = [0u8; 16];
+        getrandom::fill(&mut seed)
+            .map_err(|e| Error::new(Code::Io, format!("the system gives no random numbers: {e}")))?;
+        let unix_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        Ok(Seed { seed: u128::from_le_bytes(seed), unix_time })
+    }
+
+    /// Depends on format, size and options only. The time is 2000-01-01, the zero of VHD's clock.
+    fn reproducible(format: &str, size: u64, options: &OptionValues) -> Self {
+        let hash = Sha256::digest(format!("vellum {format} {size} {:?}", options.list()));
+        let mut seed = [0u8; 16];
+        seed.copy_from_slice(&hash[..16]);
+        Seed { seed: u128::from_le_bytes(seed), unix_time: 946_684_800 }
+    }
+}
+
+/// New providers for jobs outside this module.
+pub(crate) fn providers(
+    reproducible: bool,
+    format: &str,
+    size: u64,
+    options: &OptionValues,
+) -> Result<Providers> {
+    let seed = if reproducible { Seed::reproducible(format, size, options) } else { Seed::random()? };
+    Ok(Providers::seeded(seed.seed, seed.unix_time))
+}
+
+/// Identity, size and time of the files of the source: they must not change while they are read.
+struct SourceStamp(Vec<Vec<Stamp>>);
+
+#[derive(Debug, PartialEq, Eq)]
+struct Stamp {
+    id: Option<vellum_core::StorageId>,
+    len: Option<u64>,
+    modified_ns: Option<u128>,
+}
+
+impl SourceStamp {
+    fn take(images: &[OpenedImage]) -> Self {
+        let stamp = |storage: &dyn vellum_core::Storage| Stamp {
+            id: storage.id(),
+            len: storage.len().ok(),
+            modified_ns: storage.modified_ns(),
+        };
+        let of_image = |image: &OpenedImage| {
+            let parts = image.layer.image.storages().iter().map(|s| stamp(s.as_ref()));
+            std::iter::once(stamp(image.storage.as_ref())).chain(parts).collect()
+        };
+        SourceStamp(images.iter().map(of_image).collect())
+    }
+
+    fn check(&self, images: &[OpenedImage]) -> Result<()> {
+        let now = SourceStamp::take(images);
+        match self.0.iter().zip(&now.0).position(|(a, b)| a != b) {
+            None => Ok(()),
+            Some(index) => {
+                let name = images.get(index).map_or("", |image| image.layer.location.0.as_str());
+                Err(Error::new(Code::SourceChanged, "the source was changed while it was read")
+                    .image(name)
+                    .hint("stop whatever writes to it, then convert again without --resume"))
+            }
+        }
+    }
+}
+
+/// Keeps the job file while the pipeline runs.
+struct Keeper {
+    location: Location,
+    begin: String,
+    journal: Mutex<Option<Journal>>,
+    resolver: std::sync::Arc<dyn vellum_core::Resolver>,
+    possible: bool,
+}
+
+impl Keeper {
+    fn run(&self, pipeline: &Pipeline<'_>, output: &Output) -> Result<()> {
+        if !self.possible {
+            return pipeline.run();
+        }
+        let ended = (Mutex::new(false), Condvar::new());
+        let (result, kept) = std::thread::scope(|scope| {
+            let keeping = scope.spawn(|| self.keep(pipeline, output, &ended));
+            let result = pipeline.run();
+            *ended.0.lock() = true;
+            ended.1.notify_all();
+            let kept = keeping.join();
+            (result, kept)
+        });
+        let kept =
+            kept.unwrap_or_else(|_| Err(Error::new(Code::Lost, "the thread of the job file ended early")));
+        if result.is_err() {
+            // The last second's work is kept too.
+            let _ = if self.is_begun() { self.checkpoint(pipeline, output) } else { Ok(()) };
+        }
+        result.and(kept)
+    }
+
+    fn keep(&self, pipeline: &Pipeline<'_>, output: &Output, ended: &(Mutex<bool>, Condvar)) -> Result<()> {
+        let mut next = Instant::now() + CHECKPOINT_INTERVAL;
+        let mut over = ended.0.lock();
+        while !*over {
+            if !ended.1.wait_until(&mut over, next).timed_out() {
+                continue;
+            }
+            drop(over);
+            self.checkpoint(pipeline, output)?;
+            next = Instant::now() + CHECKPOINT_INTERVAL;
+            over = ended.0.lock();
+        }
+        Ok(())
+    }
+
+    /// Flushes what is written and then records it.
+    fn checkpoint(&self, pipeline: &Pipeline<'_>, output: &Output) -> Result<()> {
+        let Some(checkpoint) = pipeline.checkpoint() else { return Ok(()) };
+        let mut journal = self.journal.lock();
+        block_on(async {
+            if journal.is_none() {
+                *journal = Some(Journal::begin(self.resolver.as_ref(), &self.location, &self.begin).await?);
+            }
+            for storage in output.storages() {
+                storage.flush().await?;
+            }
+            match journal.as_mut() {
+                Some(journal) => journal.done(checkpoint.position, &checkpoint.placed).await,
+                None => Ok(()),
+            }
+        })
+        .map_err(|error| error.context("keeping the job file"))
+    }
+
+    fn is_begun(&self) -> bool {
+        self.journal.lock().is_some()
+    }
+
+    fn delete(&self) {
+        if self.journal.lock().take().is_some() {
+            // A job file that cannot be deleted does no harm: its target is complete.
+            let _ = block_on(self.resolver.delete(&self.location));
+        }
+    }
+}

@@ -1,0 +1,490 @@
+//! The pipeline of convert: read, transform, place in order, write; on any number of threads, in bounded memory.
+//!
+//! Every thread takes a chunk of the source through all steps. Only placing is done in turn, in ascending guest
+//! order, which is what makes the result independent of the threads' luck:
+//!
+//! ```text
+//!   scan.next()  ->  read + decode  ->  find zeroes, encode  ->  wait for the turn: place  ->  write
+//! ```
+
+use crate::scan::{Chunk, Scan};
+use crate::{Control, Progress};
+use parking_lot::{Condvar, Mutex};
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use vellum_core::{
+    Buf, BufPool, Code, CopyMode, Disk, Error, ImageWriter, MetaWrite, Offloaded, Payload, Piece, PieceKind,
+    Result, Storage, WriteFlags, WriterShape, bytes,
+};
+
+/// A block that was placed: what a resumed job repeats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Placed {
+    pub block: u64,
+    pub payload: Payload,
+}
+
+/// What a pipeline is asked to do.
+pub(crate) struct Plan<'a> {
+    pub disk: Disk,
+    pub scan: Scan,
+    pub writer: Box<dyn ImageWriter>,
+    /// Runs of zeros of at least this many bytes are not written; 0 writes all data as it is.
+    pub sparse_bytes: u64,
+    /// Share blocks with the source where the host can.
+    pub share: bool,
+    pub threads: usize,
+    pub progress: &'a dyn Progress,
+    /// Keep a record of placements for checkpoints.
+    pub keep_log: bool,
+}
+
+/// The pipeline while it runs.
+pub(crate) struct Pipeline<'a> {
+    disk: Disk,
+    scan: Scan,
+    shape: WriterShape,
+    storages: Vec<Arc<dyn Storage>>,
+    pool: BufPool,
+    sparse_bytes: u64,
+    share: AtomicBool,
+    progress: &'a dyn Progress,
+    turn: Mutex<Turn>,
+    turned: Condvar,
+    done: Mutex<Done>,
+    stop: AtomicBool,
+    failed: Mutex<Option<Error>>,
+    moved: AtomicU64,
+    keep_log: bool,
+    threads: usize,
+}
+
+struct Turn {
+    next: u64,
+    writer: Box<dyn ImageWriter>,
+}
+
+/// Chunks that are written, and what was placed for them, until a checkpoint takes it.
+#[derive(Default)]
+struct Done {
+    log: BTreeMap<u64, (u64, Vec<Placed>)>,
+    finished: BTreeMap<u64, ()>,
+    next: u64,
+}
+
+/// All chunks below `position` are written.
+#[derive(Debug, Default)]
+pub(crate) struct Checkpoint {
+    pub position: u64,
+    pub placed: Vec<Placed>,
+}
+
+/// Bytes that go to one place.
+struct Write {
+    storage: usize,
+    offset: u64,
+    guest: Range<u64>,
+}
+
+/// An encoded block.
+struct EncodedBlock {
+    block: u64,
+    bytes: Vec<u8>,
+    /// It did not get smaller: stored as it is.
+    plain: bool,
+}
+
+impl<'a> Pipeline<'a> {
+    pub fn new(plan: Plan<'a>) -> Self {
+        Pipeline {
+            disk: plan.disk,
+            scan: plan.scan,
+            shape: plan.writer.shape().clone(),
+            storages: plan.writer.storages().to_vec(),
+            pool: BufPool::new(16 << 20),
+            sparse_bytes: plan.sparse_bytes,
+            share: AtomicBool::new(plan.share),
+            progress: plan.progress,
+            turn: Mutex::new(Turn { next: 0, writer: plan.writer }),
+            turned: Condvar::new(),
+            done: Mutex::default(),
+            stop: AtomicBool::new(false),
+            failed: Mutex::new(None),
+            moved: AtomicU64::new(0),
+            keep_log: plan.keep_log,
+            threads: plan.threads.max(1),
+        }
+    }
+
+    /// Runs to the end, or to the first error, on `threads` threads.
+    pub fn run(&self) -> Result<()> {
+        std::thread::scope(|scope| {
+            for _ in 1..self.threads {
+                scope.spawn(|| self.work());
+            }
+            self.work();
+        });
+        match self.failed.lock().take() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// Bytes of data that were moved.
+    pub fn moved(&self) -> u64 {
+        self.moved.load(Ordering::Relaxed)
+    }
+
+    /// Whether the workers are to stop.
+    pub fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// The writer, when all workers have ended.
+    pub fn into_writer(self) -> Box<dyn ImageWriter> {
+        self.turn.into_inner().writer
+    }
+
+    /// What was finished since the last checkpoint, if anything.
+    pub fn checkpoint(&self) -> Option<Checkpoint> {
+        let mut done = self.done.lock();
+        let mut checkpoint = Checkpoint::default();
+        while done.log.first_key_value().is_some_and(|(sequence, _)| *sequence < done.next) {
+            if let Some((_, (position, placed))) = done.log.pop_first() {
+                checkpoint.position = position;
+                checkpoint.placed.extend(placed);
+            }
+        }
+        (checkpoint.position > 0).then_some(checkpoint)
+    }
+
+    fn work(&self) {
+        let mut buf = self.pool.take(0);
+        while !self.is_stopping() {
+            match self.step(buf) {
+                Ok(Some(back)) => buf = back,
+                Ok(None) => return,
+                Err(error) => {
+                    self.fail(error);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn fail(&self, error: Error) {
+        let mut failed = self.failed.lock();
+        // The others only report that they were stopped.
+        if failed.is_none() || failed.as_ref().is_some_and(|e| e.code() == Code::Cancelled) {
+            *failed = Some(error);
+        }
+        drop(failed);
+        self.stop.store(true, Ordering::Relaxed);
+        let _turn = self.turn.lock();
+        self.turned.notify_all();
+    }
+
+    /// Takes one chunk through; the buffer comes back for the next, `None` at the end.
+    fn step(&self, mut buf: Buf) -> Result<Option<Buf>> {
+        let Some(chunk) = self.scan.next()? else { return Ok(None) };
+        let len = (chunk.range.end - chunk.range.start) as usize;
+        let whole_blocks = len.next_multiple_of(self.shape.block_size.min(1 << 23) as usize);
+        if buf.capacity() < whole_blocks {
+            buf = self.pool.take(whole_blocks);
+        }
+        let shared =
+            self.shape.codec.is_none() && self.share.load(Ordering::Relaxed) && only_raw(&chunk.pieces);
+        let (buf, placed) = match (&self.shape.codec, shared) {
+            (None, true) => self.share_chunk(buf, &chunk)?,
+            (None, false) => self.copy_chunk(buf, &chunk)?,
+            (Some(_), _) => self.encode_chunk(buf, &chunk, whole_blocks)?,
+        };
+        self.finish_chunk(&chunk, placed);
+        let moved = self.moved.fetch_add(len as u64, Ordering::Relaxed) + len as u64;
+        if self.progress.advance(chunk.range.end, moved) == Control::Stop {
+            return Err(stopped());
+        }
+        Ok(Some(buf))
+    }
+
+    fn finish_chunk(&self, chunk: &Chunk, placed: Vec<Placed>) {
+        if !self.keep_log {
+            return;
+        }
+        let mut done = self.done.lock();
+        done.log.insert(chunk.sequence, (chunk.range.end, placed));
+        done.finished.insert(chunk.sequence, ());
+        while let Some((first, ())) = done.finished.first_key_value()
+            && *first == done.next
+        {
+            done.finished.pop_first();
+            done.next += 1;
+        }
+    }
+
+    /// Reads the chunk into the buffer's window `0..len`.
+    fn read(&self, mut buf: Buf, chunk: &Chunk) -> Result<Buf> {
+        buf.set_window(0..(chunk.range.end - chunk.range.start) as usize);
+        let (buf, result) =
+            vellum_core::block_on(self.disk.read_pieces(buf, chunk.range.start, &chunk.pieces));
+        result.map_err(|e| e.context(format!("reading guest bytes at {:#x}", chunk.range.start)))?;
+        Ok(buf)
+    }
+
+    /// Runs `place` when it is this chunk's turn.
+    fn in_turn<T>(&self, chunk: &Chunk, place: impl FnOnce(&mut dyn ImageWriter) -> Result<T>) -> Result<T> {
+        let mut turn = self.turn.lock();
+        while turn.next != chunk.sequence {
+            if self.is_stopping() {
+                return Err(stopped());
+            }
+            self.turned.wait(&mut turn);
+        }
+        let result = place(turn.writer.as_mut());
+        if result.is_ok() {
+            turn.next += 1;
+            self.turned.notify_all();
+        }
+        result
+    }
+
+    // Data as it is.
+
+    fn copy_chunk(&self, buf: Buf, chunk: &Chunk) -> Result<(Buf, Vec<Placed>)> {
+        let mut buf = self.read(buf, chunk)?;
+        let runs = self.data_runs(&buf, chunk);
+        let (writes, metadata, placed) = self.place_runs(chunk, &runs)?;
+        for write in &writes {
+            buf = self.write_from(buf, chunk.range.start, write)?;
+        }
+        self.write_metadata(metadata)?;
+        Ok((buf, placed))
+    }
+
+    /// The guest ranges of the chunk that must be written.
+    fn data_runs(&self, buf: &[u8], chunk: &Chunk) -> Vec<Range<u64>> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        let mut add = |range: Range<u64>| match runs.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => runs.push(range),
+        };
+        for piece in chunk.pieces.iter().filter(|piece| !matches!(piece.kind, PieceKind::Zero)) {
+            if self.sparse_bytes == 0 {
+                add(piece.range.clone());
+                continue;
+            }
+            let mut at = piece.range.start;
+            while at < piece.range.end {
+                // Cut at multiples of the unit, so that what is written stays aligned.
+                let end = (at / self.sparse_bytes + 1).saturating_mul(self.sparse_bytes).min(piece.range.end);
+                let from = (at - chunk.range.start) as usize;
+                if !bytes::is_zero(&buf[from..from + (end - at) as usize]) {
+                    add(at..end);
+                }
+                at = end;
+            }
+        }
+        runs
+    }
+
+    /// Places the blocks of `runs`; neighbours in guest and file become one write.
+    fn place_runs(
+        &self,
+        chunk: &Chunk,
+        runs: &[Range<u64>],
+    ) -> Result<(Vec<Write>, Vec<MetaWrite>, Vec<Placed>)> {
+        let block_size = self.shape.block_size;
+        self.in_turn(chunk, |writer| {
+            let (mut writes, mut metadata, mut placed) =
+                (Vec::<Write>::new(), Vec::new(), Vec::<Placed>::new());
+            for run in runs {
+                let mut at = run.start;
+                while at < run.end {
+                    let block = at / block_size;
+                    let end = run.end.min((block + 1).saturating_mul(block_size));
+                    let place = writer.place(block, Payload::Data, &mut metadata)?;
+                    if self.keep_log && placed.last().is_none_or(|last| last.block != block) {
+                        placed.push(Placed { block, payload: Payload::Data });
+                    }
+                    let offset = place.offset + (at - block * block_size);
+                    match writes.last_mut() {
+                        Some(last)
+                            if last.storage == place.storage
+                                && last.guest.end == at
+                                && last.offset + (last.guest.end - last.guest.start) == offset =>
+                        {
+                            last.guest.end = end;
+                        }
+                        _ => writes.push(Write { storage: place.storage, offset, guest: at..end }),
+                    }
+                    at = end;
+                }
+            }
+            Ok((writes, metadata, placed))
+        })
+    }
+
+    fn storage(&self, index: usize) -> Result<&Arc<dyn Storage>> {
+        self.storages
+            .get(index)
+            .ok_or_else(|| Error::new(Code::Corrupt, "a place names a storage that is not there"))
+    }
+
+    /// Writes a part of the buffer, whose byte 0 is guest byte `start`.
+    fn write_from(&self, mut buf: Buf, start: u64, write: &Write) -> Result<Buf> {
+        buf.set_window((write.guest.start - start) as usize..(write.guest.end - start) as usize);
+        let storage = self.storage(write.storage)?;
+        let (mut buf, result) = storage.write_at(buf, write.offset, WriteFlags::default()).wait();
+        result.map_err(|e| e.context(format!("writing guest bytes at {:#x}", write.guest.start)))?;
+        buf.clear_window();
+        Ok(buf)
+    }
+
+    fn write_metadata(&self, metadata: Vec<MetaWrite>) -> Result<()> {
+        vellum_core::block_on(vellum_core::write_all(&self.storages, metadata))
+    }
+
+    // Blocks shared with the source.
+
+    /// Places the chunk's data without looking at it and asks the host to share the blocks.
+    fn share_chunk(&self, mut buf: Buf, chunk: &Chunk) -> Result<(Buf, Vec<Placed>)> {
+        let runs: Vec<Range<u64>> = chunk
+            .pieces
+            .iter()
+            .filter(|piece| !matches!(piece.kind, PieceKind::Zero))
+            .map(|piece| piece.range.clone())
+            .collect();
+        let (writes, metadata, placed) = self.place_runs(chunk, &runs)?;
+        for write in &writes {
+            for piece in &chunk.pieces {
+                buf = self.share_piece(buf, write, piece)?;
+            }
+        }
+        self.write_metadata(metadata)?;
+        Ok((buf, placed))
+    }
+
+    /// Brings the part of `write` that `piece` covers to its place: shared if possible, else read and written.
+    fn share_piece(&self, mut buf: Buf, write: &Write, piece: &Piece) -> Result<Buf> {
+        let guest = piece.range.start.max(write.guest.start)..piece.range.end.min(write.guest.end);
+        let PieceKind::Raw { layer, storage, offset } = &piece.kind else { return Ok(buf) };
+        if guest.start >= guest.end {
+            return Ok(buf);
+        }
+        let len = guest.end - guest.start;
+        let source = self.disk.storage(*layer, *storage)?;
+        let target = self.storage(write.storage)?;
+        let from = offset + (guest.start - piece.range.start);
+        let to = write.offset + (guest.start - write.guest.start);
+        let unit = u64::from(target.limits().granularity.max(1));
+        let aligned = (from | to | len).is_multiple_of(unit);
+        if aligned && self.share.load(Ordering::Relaxed) {
+            let mode = if self.sparse_bytes == 0 { CopyMode::InKernel } else { CopyMode::ShareOnly };
+            match target.copy_from(source.as_ref(), from, to, len, mode).wait()? {
+                Offloaded::Done => return Ok(buf),
+                Offloaded::Cannot => self.share.store(false, Ordering::Relaxed),
+            }
+        }
+        buf.set_window(0..len as usize);
+        let (mut back, result) = source.read_at(buf, from).wait();
+        result?;
+        if self.sparse_bytes > 0 && bytes::is_zero(&back) {
+            back.clear_window();
+            return Ok(back);
+        }
+        let part = Write { storage: write.storage, offset: to, guest: guest.clone() };
+        self.write_from(back, guest.start, &part)
+    }
+
+    // Encoded blocks.
+
+    fn encode_chunk(&self, buf: Buf, chunk: &Chunk, whole_blocks: usize) -> Result<(Buf, Vec<Placed>)> {
+        let mut buf = self.read(buf, chunk)?;
+        let len = buf.len();
+        buf.set_window(0..whole_blocks);
+        // A last block that the disk does not fill is encoded with zeros behind it.
+        buf[len..].fill(0);
+        let blocks = self.encode_blocks(&buf, chunk)?;
+        let (parts, placed) = self.in_turn(chunk, |writer| {
+            let (mut parts, mut placed, mut metadata) = (Vec::new(), Vec::new(), Vec::new());
+            for block in blocks {
+                let len = block.bytes.len();
+                let payload = if block.plain { Payload::Data } else { Payload::Encoded { len } };
+                let place = writer.place(block.block, payload, &mut metadata)?;
+                parts.push(MetaWrite { storage: place.storage, offset: place.offset, bytes: block.bytes });
+                placed.push(Placed { block: block.block, payload });
+            }
+            parts.extend(metadata);
+            Ok((parts, placed))
+        })?;
+        self.write_joined(parts)?;
+        Ok((buf, placed))
+    }
+
+    fn encode_blocks(&self, content: &[u8], chunk: &Chunk) -> Result<Vec<EncodedBlock>> {
+        let Some(codec) = &self.shape.codec else { return Ok(Vec::new()) };
+        let block_size = self.shape.block_size;
+        let mut blocks = Vec::new();
+        let mut scratch = Vec::new();
+        for (index, source) in content.chunks(block_size as usize).enumerate() {
+            let start = chunk.range.start + index as u64 * block_size;
+            let range = start..start + block_size;
+            if is_hole(&chunk.pieces, &range) || bytes::is_zero(source) {
+                continue;
+            }
+            let fits = codec.encode(source, &mut scratch, self.shape.encoded_limit)?;
+            let in_disk = (self.disk.size() - start).min(block_size) as usize;
+            let bytes = if fits { scratch.clone() } else { source[..in_disk].to_vec() };
+            blocks.push(EncodedBlock { block: start / block_size, bytes, plain: !fits });
+        }
+        Ok(blocks)
+    }
+
+    /// Writes `parts`, neighbours (and what lies in the same sector) together.
+    fn write_joined(&self, mut parts: Vec<MetaWrite>) -> Result<()> {
+        parts.sort_unstable_by_key(|part| (part.storage, part.offset));
+        let mut rest: VecDeque<MetaWrite> = parts.into();
+        while let Some(first) = rest.pop_front() {
+            let (storage, offset) = (first.storage, first.offset);
+            let mut joined = first.bytes;
+            while let Some(next) = rest.front() {
+                let end = offset + joined.len() as u64;
+                // Less than a sector between them is padding that belongs to nobody.
+                let near = next.storage == storage && next.offset >= end && next.offset - end < 512;
+                if !near || joined.len() >= 4 << 20 {
+                    break;
+                }
+                joined.resize((next.offset - offset) as usize, 0);
+                if let Some(next) = rest.pop_front() {
+                    joined.extend_from_slice(&next.bytes);
+                }
+            }
+            let mut buf = self.pool.take(joined.len());
+            buf.copy_from_slice(&joined);
+            self.storage(storage)?
+                .write_at(buf, offset, WriteFlags::default())
+                .wait()
+                .1
+                .map_err(|e| e.context("writing compressed blocks"))?;
+        }
+        Ok(())
+    }
+}
+
+fn stopped() -> Error {
+    Error::new(Code::Cancelled, "stopped before the end")
+}
+
+fn only_raw(pieces: &[Piece]) -> bool {
+    pieces.iter().all(|piece| matches!(piece.kind, PieceKind::Raw { .. } | PieceKind::Zero))
+}
+
+/// Whether every piece in `range` is a hole.
+fn is_hole(pieces: &[Piece], range: &Range<u64>) -> bool {
+    pieces
+        .iter()
+        .filter(|piece| piece.range.start < range.end && piece.range.end > range.start)
+        .all(|piece| matches!(piece.kind, PieceKind::Zero))
+}

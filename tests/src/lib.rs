@@ -1,0 +1,4 @@
+//! What the tests across crates share.
+
+pub mod corpus;
+pub mod tools;
