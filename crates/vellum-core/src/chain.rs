@@ -81,7 +81,7 @@ async fn read_sample(storage: &dyn Storage, offset: u64, len: u64, align: u64) -
 }
 
 /// How a chain is opened.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct ChainOptions {
     /// Format of the top image; recognised by content if `None`.
     pub format: Option<String>,
@@ -98,20 +98,6 @@ pub struct ChainOptions {
     pub events: Events,
     /// Options of the disk.
     pub disk: DiskOptions,
-}
-
-impl Default for ChainOptions {
-    fn default() -> Self {
-        ChainOptions {
-            format: None,
-            parents: Vec::new(),
-            probe_parents: false,
-            allow_modified_parent: false,
-            limits: Limits::default(),
-            events: Events::default(),
-            disk: DiskOptions::default(),
-        }
-    }
 }
 
 /// An image that was opened, and how it was recognised.

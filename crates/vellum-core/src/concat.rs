@@ -145,7 +145,7 @@ impl Storage for Concat {
             Ok(())
         })
     }
-    fn status(&self, range: Range<u64>) -> Completion<Result<Vec<(Range<u64>, Status)>>> {
+    fn status(&self, range: Range<u64>) -> Completion<Result<crate::StatusList>> {
         // One part's answer is enough: callers go on from where it stops.
         let Some((part, inner)) = self.split(range.clone()).into_iter().next() else {
             return Completion::ready(Ok(vec![(range, Status::Hole)]));

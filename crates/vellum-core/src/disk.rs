@@ -466,7 +466,7 @@ impl Storage for Disk {
     fn discard(&self, _range: Range<u64>) -> Completion<Result<()>> {
         Completion::ready(Err(read_only(&self.0.name)))
     }
-    fn status(&self, range: Range<u64>) -> Completion<Result<Vec<(Range<u64>, Status)>>> {
+    fn status(&self, range: Range<u64>) -> Completion<Result<crate::StatusList>> {
         let disk = self.clone();
         Completion::from_future(async move {
             let pieces = disk.pieces(range, 1024).await?;

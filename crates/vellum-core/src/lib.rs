@@ -56,7 +56,8 @@ pub use resolver::{Access, Asker, Location, Opened, Resolver};
 pub use slice::Slice;
 pub use spawner::Spawner;
 pub use storage::{
-    CopyMode, Offloaded, Preallocate, Status, Storage, StorageId, StorageLimits, WriteFlags, ZeroMode,
+    CopyMode, Offloaded, Preallocate, Status, StatusList, Storage, StorageId, StorageLimits, WriteFlags,
+    ZeroMode,
 };
 pub use table::TableCache;
 pub use writer::{

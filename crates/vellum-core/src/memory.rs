@@ -157,7 +157,7 @@ impl Storage for Memory {
         self.zero(range, ZeroMode::MayUnmap)
     }
 
-    fn status(&self, range: Range<u64>) -> Completion<Result<Vec<(Range<u64>, Status)>>> {
+    fn status(&self, range: Range<u64>) -> Completion<Result<crate::StatusList>> {
         let content = self.content.read();
         let mut found: Vec<(Range<u64>, Status)> = Vec::new();
         let mut at = range.start;

@@ -2,8 +2,8 @@
 
 use crate::storage::past_end;
 use crate::{
-    Buf, Code, Completion, CopyMode, Error, Offloaded, Preallocate, Result, Status, Storage, StorageLimits,
-    WithBuf, WriteFlags, ZeroMode,
+    Buf, Code, Completion, CopyMode, Error, Offloaded, Preallocate, Result, Storage, StorageLimits, WithBuf,
+    WriteFlags, ZeroMode,
 };
 use std::any::Any;
 use std::ops::Range;
@@ -74,7 +74,7 @@ impl Storage for Slice {
     fn discard(&self, range: Range<u64>) -> Completion<Result<()>> {
         self.inner.discard(self.inside(range))
     }
-    fn status(&self, range: Range<u64>) -> Completion<Result<Vec<(Range<u64>, Status)>>> {
+    fn status(&self, range: Range<u64>) -> Completion<Result<crate::StatusList>> {
         let start = self.range.start;
         let inner = self.inner.status(self.inside(range));
         Completion::from_future(async move {
@@ -125,7 +125,7 @@ mod tests {
         assert_eq!(&*buf, b"3456");
         assert_eq!(slice.read_at(Buf::zeroed(4), 1).wait().1.unwrap_err().code(), Code::OutOfFile);
         slice.zero(2..100, ZeroMode::MayUnmap).wait().unwrap();
-        assert_eq!(&*inner.read_at(Buf::zeroed(10), 0).wait().0, b"01234\0\0789");
+        assert_eq!(&*inner.read_at(Buf::zeroed(10), 0).wait().0, b"01234\x00\x00789");
         assert!(Slice::new(inner, 8..11).is_err());
     }
 }

@@ -56,6 +56,9 @@ pub enum Status {
     Hole,
 }
 
+/// Ranges without gaps, and what is known of each.
+pub type StatusList = Vec<(Range<u64>, Status)>;
+
 /// What to do with the space that a longer file gains.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Preallocate {
@@ -123,7 +126,7 @@ pub trait Storage: Send + Sync + 'static {
     fn discard(&self, range: Range<u64>) -> Completion<Result<()>>;
     /// Tells holes from data, without gaps, from `range.start` on; may stop before `range.end`
     /// but covers at least one byte of a non-empty range.
-    fn status(&self, range: Range<u64>) -> Completion<Result<Vec<(Range<u64>, Status)>>>;
+    fn status(&self, range: Range<u64>) -> Completion<Result<StatusList>>;
     /// Changes the length.
     fn set_len(&self, len: u64, preallocate: Preallocate) -> Completion<Result<()>>;
     /// Copies from `source` without moving the bytes through this process, or says that it cannot.
