@@ -51,6 +51,8 @@ type BlockKey = (usize, usize, u64);
 const DECODED_BUDGET_BYTES: usize = 4 << 20;
 /// Compressed neighbours are fetched in one read up to this many bytes.
 const GATHER_BYTES: u64 = 4 << 20;
+/// No format has larger compressed blocks in practice; a larger one would be an attack on memory.
+const ENCODED_BLOCK_BYTES_MAX: u32 = 16 << 20;
 /// A gap between compressed neighbours that is cheaper to read than to seek over.
 const GATHER_GAP: u64 = 16 << 10;
 
@@ -335,6 +337,15 @@ impl Disk {
         }
         let parts: Vec<(Range<u64>, Encoded)> =
             pieces.iter().filter_map(|p| encoded(p).map(|(_, e)| (p.range.clone(), e))).collect();
+        if let Some((_, e)) = parts.iter().find(|(_, e)| e.block_len.max(e.len / 2) > ENCODED_BLOCK_BYTES_MAX)
+        {
+            let error = Error::new(Code::TableLimit, "a compressed block is larger than the limit")
+                .at(e.offset)
+                .found(e.block_len)
+                .allowed(format!("up to {ENCODED_BLOCK_BYTES_MAX} bytes"))
+                .hint("convert the image with the tool that made it");
+            return (buf, Err(error));
+        }
         let end = parts.iter().map(|(_, e)| e.offset + u64::from(e.len)).max().unwrap_or(first.offset);
         let storage = match self.storage(layer, first.storage) {
             Ok(storage) => storage.clone(),

@@ -1,0 +1,102 @@
+//! What the tests of this crate share.
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use vellum_conformance::format::{Model, Recipe, open_with, write_image};
+use vellum_core::{ChainOptions, Disk, Format, Result};
+use vellum_format_vhd::Vhd;
+use vellum_sim::MemoryFiles;
+
+pub fn vhd() -> Arc<dyn Format> {
+    Arc::new(Vhd)
+}
+
+/// Opens `path` of `files` as VHD, with parents.
+pub fn open_vhd(files: &Arc<MemoryFiles>, path: &str) -> Result<Disk> {
+    let options = ChainOptions { format: Some("vhd".into()), ..ChainOptions::default() };
+    open_with(&[vhd()], files, path, &options)
+}
+
+/// The bytes of an image of `model`.
+pub fn image_of(recipe: &Recipe, model: &Model) -> Vec<u8> {
+    let files = MemoryFiles::new();
+    write_image(&vhd(), &files, "d.vhd", recipe, model).expect("writing the image");
+    files.get("d.vhd").expect("the image is there").to_vec()
+}
+
+pub fn put32(bytes: &mut [u8], at: usize, value: u32) {
+    bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
+}
+
+/// Runs a tool and returns what it printed; the test fails if the tool is missing or fails.
+pub fn run(tool: &str, args: &[&str]) -> String {
+    let output = Command::new(tool)
+        .args(args)
+        .output()
+        .unwrap_or_else(|e| panic!("{tool} is needed (Debian package qemu-utils): {e}"));
+    assert!(
+        output.status.success(),
+        "{tool} {args:?}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A directory for files of other tools.
+pub struct Directory(tempfile::TempDir);
+
+impl Directory {
+    pub fn new() -> Self {
+        Directory(tempfile::tempdir().expect("a temporary directory"))
+    }
+    pub fn path(&self, name: &str) -> String {
+        let path: PathBuf = self.0.path().join(name);
+        path.to_str().expect("a path in UTF-8").to_owned()
+    }
+    pub fn write(&self, name: &str, bytes: &[u8]) -> String {
+        let path = self.path(name);
+        std::fs::write(Path::new(&path), bytes).expect("writing a temporary file");
+        path
+    }
+}
+
+/// Where the footer of `bytes` starts.
+pub fn footer_at(bytes: &[u8]) -> usize {
+    bytes.len() - 512
+}
+
+fn checksum(bytes: &[u8], field: usize) -> u32 {
+    let counted = bytes.iter().enumerate().filter(|(i, _)| !(field..field + 4).contains(i));
+    !counted.map(|(_, byte)| u32::from(*byte)).sum::<u32>()
+}
+
+/// Makes the checksum of the footer at `at` right again.
+pub fn seal_footer(bytes: &mut [u8], at: usize) {
+    let sum = checksum(&bytes[at..at + 512], 64);
+    put32(bytes, at + 64, sum);
+}
+
+/// Makes the checksum of the dynamic header at `at` right again.
+pub fn seal_header(bytes: &mut [u8], at: usize) {
+    let sum = checksum(&bytes[at..at + 1024], 36);
+    put32(bytes, at + 36, sum);
+}
+
+/// Changes the footer at the end and, if there is one, its copy at the start.
+pub fn edit_footers(bytes: &mut [u8], edit: impl Fn(&mut [u8])) {
+    let end = footer_at(bytes);
+    let starts = if &bytes[..8] == b"conectix" { vec![0, end] } else { vec![end] };
+    for at in starts {
+        edit(&mut bytes[at..at + 512]);
+        seal_footer(bytes, at);
+    }
+}
+
+/// Changes the dynamic header at 0x200.
+pub fn edit_header(bytes: &mut [u8], edit: impl Fn(&mut [u8])) {
+    edit(&mut bytes[0x200..0x600]);
+    seal_header(bytes, 0x200);
+}
