@@ -75,8 +75,7 @@ impl Subject {
     }
 
     fn write(&self, bytes: &[u8], offset: u64) {
-        let (buf, result) =
-            self.storage.write_at(Buf::copy_of(bytes), offset, WriteFlags::default()).wait();
+        let (buf, result) = self.storage.write_at(Buf::copy_of(bytes), offset, WriteFlags::default()).wait();
         result.unwrap_or_else(|e| panic!("writing {} bytes at {offset}: {e:?}", bytes.len()));
         assert_eq!(&*buf, bytes, "a write changed its buffer");
     }
@@ -235,7 +234,9 @@ fn zeroed_ranges_read_as_zeros_and_no_more(s: &Subject) {
         let len = s.reset(s.aligned(150_000));
         let mut model = pattern(len, 7);
         s.write(&model, 0);
-        for (start, end) in [(0, 1), (4095, 4097), (5000, 17_001), (20_480, 36_864), (100_001, 149_000), (9, 9)] {
+        for (start, end) in
+            [(0, 1), (4095, 4097), (5000, 17_001), (20_480, 36_864), (100_001, 149_000), (9, 9)]
+        {
             let (start, end) = (s.aligned(start), s.aligned(end + s.unit - 1));
             s.storage.zero(start..end, mode).wait().unwrap();
             model[start as usize..end as usize].fill(0);
@@ -330,7 +331,9 @@ fn a_length_that_shrank_and_grew_reads_as_zeros(s: &Subject) {
 fn offsets_that_overflow_are_errors(s: &Subject) {
     let len = s.reset(s.aligned(70_000));
     let size = s.unit as usize;
-    for offset in [u64::MAX, s.aligned(u64::MAX), s.aligned(u64::MAX) - s.unit, s.aligned(u64::MAX / 2) + s.unit] {
+    for offset in
+        [u64::MAX, s.aligned(u64::MAX), s.aligned(u64::MAX) - s.unit, s.aligned(u64::MAX / 2) + s.unit]
+    {
         let error = s.storage.read_at(Buf::zeroed(size), offset).wait().1.unwrap_err();
         assert_eq!(error.code(), Code::OutOfFile, "{error:?}");
         let mut small = vec![0u8; size];
@@ -366,7 +369,10 @@ fn a_write_completes_though_its_completion_is_dropped(s: &Subject) {
     drop(s.storage.zero(0..len, ZeroMode::MayUnmap));
     let patience = Instant::now();
     while s.read(0..len).iter().any(|b| *b != 0) {
-        assert!(patience.elapsed() < Duration::from_secs(10), "a zeroing whose completion was dropped is lost");
+        assert!(
+            patience.elapsed() < Duration::from_secs(10),
+            "a zeroing whose completion was dropped is lost"
+        );
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -492,7 +498,8 @@ impl Random {
         let units = (len / unit).max(1);
         let from = self.next() % units;
         // Mostly short, sometimes up to the end.
-        let most = if self.next().is_multiple_of(4) { units - from } else { (units - from).min(9000 / unit + 2) };
+        let most =
+            if self.next().is_multiple_of(4) { units - from } else { (units - from).min(9000 / unit + 2) };
         let to = from + 1 + self.next() % most;
         (from * unit, to.min(units) * unit)
     }
