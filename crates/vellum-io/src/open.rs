@@ -7,7 +7,9 @@ use crate::context::{Driver, IoContext};
 use crate::file::LocalFile;
 use crate::raw::{Direct, FileKind, RawFile, os};
 use rustix::fd::{AsRawFd, OwnedFd};
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat, StatxFlags, fstat, openat, statx};
+use rustix::fs::{
+    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, Stat, StatxFlags, flock, fstat, openat, statx,
+};
 use rustix::io::{Errno, retry_on_intr};
 use std::path::{Path, PathBuf};
 use vellum_core::{BUF_ALIGN, Code, Error, Events, Result};
@@ -31,6 +33,8 @@ pub struct OpenOptions {
     pub write: bool,
     /// Whether the file may be made.
     pub create: Create,
+    /// No other Vellum may write the file as long as this handle lives (`LOCKED` if one does). Advisory, by `flock`.
+    pub exclusive: bool,
     /// Go around the page cache (`O_DIRECT`). Where the file system cannot, a warning says so and the cache is used.
     pub direct: bool,
     /// Who carries requests out.
@@ -139,6 +143,9 @@ impl Found {
         let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
         let doing = if write { "opening for writing" } else { "opening" };
         let fd = self.descriptor(access).map_err(|e| os(&name, e, doing))?;
+        if write && options.exclusive {
+            lock(&fd, &name)?;
+        }
         let direct = match options.direct {
             false => None,
             true => {
@@ -156,6 +163,17 @@ impl Found {
         };
         let file = RawFile::new(name, fd, direct, kind, write)?;
         Ok(LocalFile::new(file, options.driver, options.context.as_ref()))
+    }
+}
+
+/// Keeps other writers out until the descriptor is closed. Where there are no locks (some network file systems), nobody
+/// is kept out.
+fn lock(fd: &OwnedFd, name: &str) -> Result<()> {
+    match retry_on_intr(|| flock(fd, FlockOperation::NonBlockingLockExclusive)) {
+        Err(Errno::WOULDBLOCK) => Err(Error::new(Code::Locked, "another vellum is writing this file")
+            .image(name)
+            .hint("wait until it has ended, or choose another target")),
+        _ => Ok(()),
     }
 }
 

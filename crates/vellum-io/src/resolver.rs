@@ -35,7 +35,8 @@ impl LocalFiles {
     }
 
     fn options(&self, access: Access, create: Create) -> OpenOptions {
-        OpenOptions { write: access.write, create, ..self.options.clone() }
+        let exclusive = access.write || create != Create::No;
+        OpenOptions { write: access.write, create, exclusive, ..self.options.clone() }
     }
 
     fn open_for_user(&self, name: &str, access: Access) -> Result<Opened> {

@@ -334,3 +334,17 @@ fn identity_time_and_writeback() {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
     assert!(now.abs_diff(before) < 60_000_000_000, "{before} is not within a minute of {now}");
 }
+
+#[test]
+fn an_exclusive_writer_keeps_others_out_until_it_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.raw.part");
+    let options = OpenOptions { create: Create::Replace, exclusive: true, ..OpenOptions::default() };
+    let first = LocalFile::open(&path, &options).unwrap();
+    first.write_at(Buf::copy_of(b"mine"), 0, WriteFlags::default()).wait().1.unwrap();
+    let error = LocalFile::open(&path, &options).err().unwrap();
+    assert_eq!(error.code(), Code::Locked);
+    assert_eq!(first.len().unwrap(), 4, "the second did not empty it");
+    drop(first);
+    assert_eq!(LocalFile::open(&path, &options).unwrap().len().unwrap(), 0);
+}

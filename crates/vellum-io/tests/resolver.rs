@@ -292,6 +292,12 @@ fn files_are_made_renamed_listed_and_deleted() {
     assert!(files.exists(&at("b")).wait().unwrap());
     assert!(!files.exists(&at("b.part")).wait().unwrap());
     assert!(!files.exists(&at("b/below")).wait().unwrap());
+    assert_eq!(
+        files.create(&at("b"), true).wait().err().unwrap().code(),
+        Code::Locked,
+        "it is still being written"
+    );
+    drop(made);
     files.create(&at("b"), true).wait().unwrap();
     assert_eq!(std::fs::read(scratch.path().join("b")).unwrap(), b"", "replacing empties");
 

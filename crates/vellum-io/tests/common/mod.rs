@@ -13,7 +13,7 @@ pub fn scratch() -> tempfile::TempDir {
 }
 
 pub fn options(driver: Driver, direct: bool, create: Create) -> OpenOptions {
-    OpenOptions { write: true, create, direct, driver, context: None }
+    OpenOptions { write: true, create, direct, driver, ..OpenOptions::default() }
 }
 
 /// A new file, at whatever driver.
