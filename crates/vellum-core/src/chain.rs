@@ -210,8 +210,16 @@ impl FormatRegistry {
             {
                 return search.recognise(found);
             }
+            if let Some(uuid) = parent.expected.uuid
+                && let Some(image) = images.iter().find(|i| i.layer.image.info().identity.uuid == Some(uuid))
+            {
+                // Images that know each other by UUID only: the parent is one of those that are open already.
+                return Err(cycle(&child.location, &image.layer.location));
+            }
             match refused {
-                Some(error) => Err(error.context(format!("looking for the parent of {}", child.location))),
+                Some(error) => Err(error
+                    .hint("if you trust the image, name its parent with --parent FILE")
+                    .context(format!("looking for the parent of {}", child.location))),
                 None => Err(search.missing(&tried)),
             }
         })
@@ -340,11 +348,15 @@ fn check_cycle(images: &[OpenedImage], found: &OpenedImage) -> Result<()> {
     };
     match images.iter().find(same) {
         None => Ok(()),
-        Some(image) => Err(Error::new(Code::Cycle, "the chain of parents comes back to itself")
-            .image(&found.layer.location)
-            .found(format!("it is already in the chain as {}", image.layer.location))
-            .hint("one of the images names a wrong parent; name the right one with --parent FILE")),
+        Some(image) => Err(cycle(&found.layer.location, &image.layer.location)),
     }
+}
+
+fn cycle(at: &Location, again: &Location) -> Error {
+    Error::new(Code::Cycle, "the chain of parents comes back to itself")
+        .image(at)
+        .found(format!("it goes on to {again}, which is already in the chain"))
+        .hint("one of the images names a wrong parent; name the right one with --parent FILE")
 }
 
 /// Opens an image alone, for `info`: no parent and no part is touched.

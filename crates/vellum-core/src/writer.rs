@@ -165,6 +165,11 @@ impl Output {
         self.0.files.lock().iter().map(|file| file.part.clone()).collect()
     }
 
+    /// Where the files will stand.
+    pub fn final_locations(&self) -> Vec<Location> {
+        self.0.files.lock().iter().map(|file| file.last.clone()).collect()
+    }
+
     /// Makes everything durable and renames it into place, the main file last.
     pub async fn put_in_place(&self) -> Result<()> {
         let mut files: Vec<OutputFile> = self.0.files.lock().clone();

@@ -7,13 +7,13 @@
 use crate::journal::{self, Journal, Progressed};
 use crate::pipeline::{Pipeline, Plan};
 use crate::scan::{Scan, chunk_bytes};
-use crate::{CompareRequest, Progress, Vellum};
+use crate::{CompareRequest, Progress, Vellum, target};
 use parking_lot::{Condvar, Mutex};
 use sha2::{Digest, Sha256};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vellum_core::{
-    Access, Asker, ChainOptions, Code, CreateRequest, Disk, DiskTraits, Error, Format, ImageWriter, Location,
-    OpenedImage, OptionValues, Output, OutputMode, Providers, Result, ZeroMode, block_on, write_all,
+    ChainOptions, Code, CreateRequest, Disk, DiskTraits, Error, Format, ImageWriter, Location, OpenedImage,
+    OptionValues, Output, OutputMode, Providers, Result, block_on, write_all,
 };
 
 /// What to convert into what.
@@ -94,40 +94,12 @@ impl Vellum {
     pub fn convert(&self, request: &ConvertRequest, progress: &dyn Progress) -> Result<ConvertReport> {
         let (disk, images) = self.open(&request.source, &request.source_options)?;
         let format = self.formats.by_name(&request.target_format)?;
-        let mode = self.check_target(request, &images)?;
+        let at = Location(request.target.clone());
+        let mode = target::mode(self.resolver.as_ref(), &at, request.force, &images)?;
         let options =
             OptionValues::check(format.name(), format.create_options(), request.options.iter().cloned())?;
         let job = Job { vellum: self, request, disk, images, format, options, mode };
         job.run(progress)
-    }
-
-    /// Whether the target may be written, and how.
-    fn check_target(&self, request: &ConvertRequest, images: &[OpenedImage]) -> Result<OutputMode> {
-        let target = Location(request.target.clone());
-        if !block_on(self.resolver.exists(&target))? {
-            return Ok(OutputMode::Fresh);
-        }
-        let existing = block_on(self.resolver.open(&target.0, &Asker::User, Access::default()))?;
-        let id = existing.storage.id();
-        let in_use = |image: &OpenedImage| {
-            let storages = image.layer.image.storages().iter();
-            id.is_some() && (image.storage.id() == id || storages.map(|s| s.id()).any(|other| other == id))
-        };
-        if images.iter().any(in_use) {
-            return Err(Error::new(Code::Usage, "the target is part of the source")
-                .image(&target)
-                .hint("choose another target; rename it afterwards"));
-        }
-        let device = !existing.storage.limits().resizable;
-        if !request.force {
-            let what = if device {
-                "the target is a device and its content would be lost"
-            } else {
-                "the target exists"
-            };
-            return Err(Error::new(Code::Exists, what).image(&target).hint("use --force to overwrite it"));
-        }
-        Ok(if device { OutputMode::Device } else { OutputMode::Fresh })
     }
 }
 
@@ -157,6 +129,10 @@ impl Job<'_> {
             }
             None => self.mode.clone(),
         };
+        if resumed.is_none() && self.mode != OutputMode::Device {
+            // An old job file would claim progress of another `.part` than the one that is made now.
+            journal::forget(self.vellum.resolver.as_ref(), &job_location)?;
+        }
         let output = Output::new(self.vellum.resolver.clone(), target, mode);
         let (journal, progressed) = match resumed {
             Some((journal, progressed)) => (Some(journal), Some(progressed)),
@@ -174,9 +150,14 @@ impl Job<'_> {
             Ok(report) => report,
             Err(error) => return Err(self.give_up(error, &output, &keeper)),
         };
+        self.check_siblings(&output).map_err(|error| self.give_up(error, &output, &keeper))?;
         block_on(output.put_in_place()).map_err(|error| self.give_up(error, &output, &keeper))?;
         keeper.delete();
         if self.request.verify { self.verify(report, progress) } else { Ok(report) }
+    }
+
+    fn check_siblings(&self, output: &Output) -> Result<()> {
+        target::check_siblings(self.vellum.resolver.as_ref(), output, self.request.force, &self.images)
     }
 
     fn find_resumable(&self, job: &Location) -> Result<Option<(Journal, Progressed)>> {
@@ -199,9 +180,17 @@ impl Job<'_> {
             };
         }
         if self.request.reproducible {
-            return Ok(Seed::reproducible(self.format.name(), self.disk.size(), &self.options));
+            let beginning = self.beginning()?;
+            return Ok(Seed::reproducible(self.format.name(), self.disk.size(), &self.options, &beginning));
         }
         Seed::random()
+    }
+
+    /// The first mebibyte: partition tables and their identifiers tell disks of the same size apart.
+    fn beginning(&self) -> Result<Buf> {
+        let len = self.disk.size().min(1 << 20);
+        let (buf, result) = block_on(self.disk.read(Buf::zeroed(len as usize), 0));
+        result.map(|()| buf)
     }
 
     /// What identifies the job: a resumed one must be asked for with the same words over the same source.
@@ -241,12 +230,11 @@ impl Job<'_> {
             level: self.request.level,
             providers: Providers::seeded(seed.seed, seed.unix_time),
         };
-        let mut writer = block_on(self.format.create(request))?;
         if self.mode == OutputMode::Device {
-            for storage in output.storages() {
-                block_on(storage.zero(0..storage.len()?, ZeroMode::MayUnmap))?;
-            }
+            target::wipe(self.vellum.resolver.as_ref(), output.location())?;
         }
+        let mut writer = block_on(self.format.create(request))?;
+        self.check_siblings(output)?;
         let start = progressed.map_or(0, |p| p.position);
         if let Some(progressed) = progressed {
             replay(writer.as_mut(), progressed)?;
@@ -260,7 +248,7 @@ impl Job<'_> {
             scan: Scan::new(self.disk.clone(), chunk, start),
             writer,
             sparse_bytes: self.request.sparse_bytes.unwrap_or(4096),
-            share: self.request.sparse_bytes.is_none_or(|bytes| bytes == 0),
+            share: self.may_share(),
             threads: self.threads(),
             progress,
             keep_log: keeper.possible,
@@ -286,6 +274,15 @@ impl Job<'_> {
         let Some(top) = self.images.first() else { return DiskTraits::default() };
         let info = top.layer.image.info();
         DiskTraits { comment: info.comment.clone(), pchs: info.pchs, lchs: info.lchs, uuid: None }
+    }
+
+    /// Whether blocks may be placed without a look at what is in them, for the host to share. How many are placed so
+    /// until the host says that it cannot depends on timing; with 0, all are placed anyway.
+    fn may_share(&self) -> bool {
+        match self.request.sparse_bytes {
+            None => !self.request.reproducible,
+            Some(bytes) => bytes == 0,
+        }
     }
 
     fn threads(&self) -> usize {
@@ -361,9 +358,12 @@ impl Seed {
         Ok(Seed { seed: u128::from_le_bytes(seed), unix_time })
     }
 
-    /// Depends on format, size and options only. The time is 2000-01-01, the zero of VHD's clock.
-    fn reproducible(format: &str, size: u64, options: &OptionValues) -> Self {
-        let hash = Sha256::digest(format!("vellum {format} {size} {:?}", options.list()));
+    /// Depends on format, size, options and how the disk begins. The time is 2000-01-01, the zero of VHD's clock.
+    fn reproducible(format: &str, size: u64, options: &OptionValues, beginning: &[u8]) -> Self {
+        let mut hasher = Sha256::new();
+        hasher.update(format!("vellum {format} {size} {:?}", options.list()));
+        hasher.update(beginning);
+        let hash = hasher.finalize();
         let mut seed = [0u8; 16];
         seed.copy_from_slice(&hash[..16]);
         Seed { seed: u128::from_le_bytes(seed), unix_time: 946_684_800 }
@@ -377,7 +377,7 @@ pub(crate) fn providers(
     size: u64,
     options: &OptionValues,
 ) -> Result<Providers> {
-    let seed = if reproducible { Seed::reproducible(format, size, options) } else { Seed::random()? };
+    let seed = if reproducible { Seed::reproducible(format, size, options, &[]) } else { Seed::random()? };
     Ok(Providers::seeded(seed.seed, seed.unix_time))
 }
 

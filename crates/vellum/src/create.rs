@@ -1,9 +1,7 @@
 //! `create`: a new, empty image.
 
-use crate::Vellum;
-use vellum_core::{
-    Code, CreateRequest, DiskTraits, Error, Location, OptionValues, Output, OutputMode, Result, block_on,
-};
+use crate::{Vellum, target};
+use vellum_core::{CreateRequest, DiskTraits, Location, OptionValues, Output, OutputMode, Result, block_on};
 
 /// What image to make.
 #[derive(Clone, Debug, Default)]
@@ -29,16 +27,15 @@ impl Vellum {
     pub fn create(&self, request: &CreateDiskRequest) -> Result<()> {
         let format = self.formats.by_name(&request.format)?;
         let target = Location(request.target.clone());
-        if block_on(self.resolver.exists(&target))? && !request.force {
-            return Err(Error::new(Code::Exists, "the target exists")
-                .image(&target)
-                .hint("use --force to overwrite it"));
-        }
+        let mode = target::mode(self.resolver.as_ref(), &target, request.force, &[])?;
         let options =
             OptionValues::check(format.name(), format.create_options(), request.options.iter().cloned())?;
         let providers =
             crate::convert::providers(request.reproducible, format.name(), request.virtual_size, &options)?;
-        let output = Output::new(self.resolver.clone(), target, OutputMode::Fresh);
+        if mode == OutputMode::Device {
+            target::wipe(self.resolver.as_ref(), &target)?;
+        }
+        let output = Output::new(self.resolver.clone(), target, mode);
         let create = CreateRequest {
             output: output.clone(),
             virtual_size: request.virtual_size,
@@ -48,10 +45,9 @@ impl Vellum {
             level: None,
             providers,
         };
-        let made = block_on(async {
-            format.create(create).await?.finish().await?;
-            output.put_in_place().await
-        });
+        let made = block_on(async { format.create(create).await?.finish().await })
+            .and_then(|()| target::check_siblings(self.resolver.as_ref(), &output, request.force, &[]))
+            .and_then(|()| block_on(output.put_in_place()));
         if made.is_err() {
             block_on(output.discard());
         }

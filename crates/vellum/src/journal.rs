@@ -12,7 +12,9 @@
 use crate::pipeline::Placed;
 use std::sync::Arc;
 use vellum_core::storage::{read_vec, write_slice};
-use vellum_core::{Access, Asker, Code, Error, Location, Payload, Resolver, Result, Storage, bytes};
+use vellum_core::{
+    Access, Asker, Code, Error, Location, Payload, Resolver, Result, Storage, block_on, bytes,
+};
 
 const RECORD_ALIGN: u64 = 4096;
 const HEADER_BYTES: u64 = 20;
@@ -40,6 +42,17 @@ pub(crate) struct Progressed {
 /// Where the job file of a conversion to `target` stands.
 pub(crate) fn location(resolver: &dyn Resolver, target: &Location) -> Location {
     resolver.beside(target, &format!("{}.convert.vellum-job", resolver.file_name(target)))
+}
+
+/// Deletes the job file that an earlier conversion left, if there is one, before its `.part` file is replaced.
+pub(crate) fn forget(resolver: &dyn Resolver, location: &Location) -> Result<()> {
+    block_on(async {
+        if resolver.exists(location).await? {
+            resolver.delete(location).await?;
+            resolver.sync_directory(location).await?;
+        }
+        Ok(())
+    })
 }
 
 impl Journal {
@@ -170,7 +183,6 @@ fn decode(mut runs: &[u8], placed: &mut Vec<Placed>) -> Option<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vellum_core::block_on;
 
     fn placed(block: u64, len: Option<usize>) -> Placed {
         Placed { block, payload: len.map_or(Payload::Data, |len| Payload::Encoded { len }) }

@@ -24,6 +24,7 @@ mod map;
 mod pipeline;
 mod progress;
 mod scan;
+mod target;
 
 pub use compare::{CompareReport, CompareRequest};
 pub use context::{FilePolicy, Vellum, formats};
