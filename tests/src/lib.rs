@@ -1,4 +1,9 @@
 //! What the tests across crates share.
 
 pub mod corpus;
+pub mod chains;
+pub mod disks;
+pub mod parallel;
 pub mod tools;
+pub mod variants;
+pub mod wrap;

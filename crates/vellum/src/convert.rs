@@ -12,8 +12,8 @@ use parking_lot::{Condvar, Mutex};
 use sha2::{Digest, Sha256};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vellum_core::{
-    ChainOptions, Code, CreateRequest, Disk, DiskTraits, Error, Format, ImageWriter, Location, OpenedImage,
-    OptionValues, Output, OutputMode, Providers, Result, block_on, write_all,
+    Buf, ChainOptions, Code, CreateRequest, Disk, DiskTraits, Error, Format, ImageWriter, Location,
+    OpenedImage, OptionValues, Output, OutputMode, Providers, Result, block_on, write_all,
 };
 
 /// What to convert into what.
