@@ -51,32 +51,30 @@ impl Scan {
     /// The next chunk that holds data, or `None` at the end of the disk.
     pub fn next(&self) -> Result<Option<Chunk>> {
         let mut state = self.state.lock();
-        loop {
-            if !self.skip_zeroes(&mut state)? {
-                return Ok(None);
-            }
-            let start = state.position / self.chunk_bytes * self.chunk_bytes;
-            let end = start.saturating_add(self.chunk_bytes).min(self.disk.size());
-            let mut pieces = Vec::new();
-            if state.position > start {
-                pieces.push(Piece { range: start..state.position, kind: PieceKind::Zero });
-            }
-            while state.position < end {
-                if state.ahead.is_empty() {
-                    self.fetch(&mut state)?;
-                }
-                let Some(piece) = state.ahead.pop_front() else { break };
-                let (now, later) = split(piece, end);
-                state.position = now.range.end;
-                pieces.push(now);
-                if let Some(later) = later {
-                    state.ahead.push_front(later);
-                }
-            }
-            let sequence = state.sequence;
-            state.sequence += 1;
-            return Ok(Some(Chunk { sequence, range: start..end, pieces }));
+        if !self.skip_zeroes(&mut state)? {
+            return Ok(None);
         }
+        let start = state.position / self.chunk_bytes * self.chunk_bytes;
+        let end = start.saturating_add(self.chunk_bytes).min(self.disk.size());
+        let mut pieces = Vec::new();
+        if state.position > start {
+            pieces.push(Piece { range: start..state.position, kind: PieceKind::Zero });
+        }
+        while state.position < end {
+            if state.ahead.is_empty() {
+                self.fetch(&mut state)?;
+            }
+            let Some(piece) = state.ahead.pop_front() else { break };
+            let (now, later) = split(piece, end);
+            state.position = now.range.end;
+            pieces.push(now);
+            if let Some(later) = later {
+                state.ahead.push_front(later);
+            }
+        }
+        let sequence = state.sequence;
+        state.sequence += 1;
+        Ok(Some(Chunk { sequence, range: start..end, pieces }))
     }
 
     /// Moves on to the next piece that is not zero; `false` at the end.
