@@ -6,7 +6,7 @@
 //! the same calls again give the same places.
 
 use crate::resolver::{Access, Asker};
-use crate::{BoxFuture, Code, Codec, Error, Location, Preallocate, Resolver, Result, Storage};
+use crate::{BoxFuture, Code, Codec, Error, Location, Preallocate, Resolver, Result, Storage, StorageId};
 use parking_lot::Mutex;
 use std::sync::Arc;
 
@@ -80,6 +80,7 @@ struct OutputInner {
     location: Location,
     mode: OutputMode,
     files: Mutex<Vec<OutputFile>>,
+    protected: Mutex<Vec<StorageId>>,
 }
 
 /// How [`Output`] treats files.
@@ -103,7 +104,29 @@ struct OutputFile {
 impl Output {
     /// Output to `location`.
     pub fn new(resolver: Arc<dyn Resolver>, location: Location, mode: OutputMode) -> Self {
-        Output(Arc::new(OutputInner { resolver, location, mode, files: Mutex::default() }))
+        let (files, protected) = (Mutex::default(), Mutex::default());
+        Output(Arc::new(OutputInner { resolver, location, mode, files, protected }))
+    }
+
+    /// Files that must not be replaced, whatever their names are: those of the source.
+    pub fn protect(&self, files: Vec<StorageId>) {
+        *self.0.protected.lock() = files;
+    }
+
+    async fn check_protected(&self, location: &Location) -> Result<()> {
+        if self.0.protected.lock().is_empty() || !self.0.resolver.exists(location).await? {
+            return Ok(());
+        }
+        let existing = self.0.resolver.open(&location.0, &Asker::User, Access::default()).await?;
+        match existing.storage.id() {
+            Some(id) if self.0.protected.lock().contains(&id) => Err(Error::new(
+                Code::Usage,
+                "a file of the source has the name under which the new image is made",
+            )
+            .image(location)
+            .hint("choose another target, or rename the source")),
+            _ => Ok(()),
+        }
     }
 
     /// The final location of the main file.
@@ -137,6 +160,7 @@ impl Output {
         let resolver = &self.0.resolver;
         let part = Location(format!("{}.part", last.0));
         let write = Access { write: true };
+        self.check_protected(&part).await?;
         let (part, storage) = match self.0.mode {
             OutputMode::Fresh => {
                 let storage = resolver.create(&part, true).await?;
@@ -177,6 +201,11 @@ impl Output {
             file.storage.flush().await.map_err(|e| e.context(format!("flushing {}", file.part)))?;
         }
         files.sort_by_key(|file| file.last == self.0.location);
+        // An old main file must never name new extents: while files change places, there is none.
+        if files.len() > 1 && self.0.resolver.exists(&self.0.location).await? {
+            self.0.resolver.delete(&self.0.location).await?;
+            self.0.resolver.sync_directory(&self.0.location).await?;
+        }
         for file in files.iter().filter(|file| file.part != file.last) {
             self.0.resolver.rename(&file.part, &file.last).await?;
         }

@@ -5,15 +5,18 @@
 //! function of the blocks placed so far, so repeating them restores its state.
 
 use crate::journal::{self, Journal, Progressed};
-use crate::pipeline::{Pipeline, Plan};
+use crate::pipeline::{Pipeline, Placed, Plan};
 use crate::scan::{Scan, chunk_bytes};
 use crate::{CompareRequest, Progress, Vellum, target};
 use parking_lot::{Condvar, Mutex};
 use sha2::{Digest, Sha256};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use vellum_core::storage::read_vec;
 use vellum_core::{
-    Buf, ChainOptions, Code, CreateRequest, Disk, DiskTraits, Error, Format, ImageWriter, Location,
-    OpenedImage, OptionValues, Output, OutputMode, Providers, Result, block_on, write_all,
+    Buf, ChainOptions, Code, CopyMode, CreateRequest, Disk, DiskTraits, Error, Format, ImageWriter, Location,
+    Offloaded, OpenedImage, OptionValues, Output, OutputMode, Payload, Place, Preallocate, Providers, Result,
+    Storage, block_on, write_all,
 };
 
 /// What to convert into what.
@@ -89,6 +92,9 @@ pub struct ConvertReport {
 /// A job file is begun, and brought up to date, this often.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Blocks before the point of resumption that are compared with the source.
+const REPLAY_CHECKED_BLOCKS: usize = 16;
+
 impl Vellum {
     /// Converts a disk. On an error, or when `progress` says stop, nothing that looks finished is left.
     pub fn convert(&self, request: &ConvertRequest, progress: &dyn Progress) -> Result<ConvertReport> {
@@ -109,7 +115,7 @@ struct Job<'a> {
     request: &'a ConvertRequest,
     disk: Disk,
     images: Vec<OpenedImage>,
-    format: std::sync::Arc<dyn Format>,
+    format: Arc<dyn Format>,
     options: OptionValues,
     mode: OutputMode,
 }
@@ -129,11 +135,13 @@ impl Job<'_> {
             }
             None => self.mode.clone(),
         };
+        target::check_not_source(self.vellum.resolver.as_ref(), &job_location, &self.images)?;
         if resumed.is_none() && self.mode != OutputMode::Device {
             // An old job file would claim progress of another `.part` than the one that is made now.
             journal::forget(self.vellum.resolver.as_ref(), &job_location)?;
         }
         let output = Output::new(self.vellum.resolver.clone(), target, mode);
+        output.protect(target::storage_ids(&self.images));
         let (journal, progressed) = match resumed {
             Some((journal, progressed)) => (Some(journal), Some(progressed)),
             None => (None, None),
@@ -204,6 +212,9 @@ impl Job<'_> {
             let _ = writeln!(text, "option {name}={}", value.escape_debug());
         }
         let _ = writeln!(text, "compress={} level={:?}", self.request.compress, self.request.level);
+        // Both decide what is placed, and a resumed job writes over what the interrupted one placed.
+        let _ = writeln!(text, "sparse={:?}", self.request.sparse_bytes);
+        let _ = writeln!(text, "writer={} {}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
         let _ = writeln!(text, "size={}", self.disk.size());
         for (image, stamp) in self.images.iter().zip(&stamp.0) {
             let location = image.layer.location.0.escape_debug();
@@ -237,8 +248,9 @@ impl Job<'_> {
         self.check_siblings(output)?;
         let start = progressed.map_or(0, |p| p.position);
         if let Some(progressed) = progressed {
-            replay(writer.as_mut(), progressed)?;
+            replay(&self.disk, writer.as_mut(), progressed)?;
         }
+        let share = self.shares(writer.as_ref());
         let layers = self.disk.layers().iter().map(|layer| layer.image.info().block_size);
         let encoded_block = writer.shape().codec.as_ref().map(|_| writer.shape().block_size);
         // Blocks of uncompressed sources need no whole chunk; compressed ones are at most 2 MiB in practice.
@@ -248,7 +260,7 @@ impl Job<'_> {
             scan: Scan::new(self.disk.clone(), chunk, start),
             writer,
             sparse_bytes: self.request.sparse_bytes.unwrap_or(4096),
-            share: self.may_share(),
+            share,
             threads: self.threads(),
             progress,
             keep_log: keeper.possible,
@@ -276,12 +288,15 @@ impl Job<'_> {
         DiskTraits { comment: info.comment.clone(), pchs: info.pchs, lchs: info.lchs, uuid: None }
     }
 
-    /// Whether blocks may be placed without a look at what is in them, for the host to share. How many are placed so
-    /// until the host says that it cannot depends on timing; with 0, all are placed anyway.
-    fn may_share(&self) -> bool {
+    /// Whether blocks are placed without a look at what is in them, for the host to share.
+    ///
+    /// Decided once, by a trial: what is placed must not depend on when the host says that it cannot share. Above all a
+    /// resumed job must place as the interrupted one did, because it writes over what that one left.
+    fn shares(&self, writer: &dyn ImageWriter) -> bool {
         match self.request.sparse_bytes {
-            None => !self.request.reproducible,
             Some(bytes) => bytes == 0,
+            None if self.request.reproducible => false,
+            None => can_share(&self.disk, writer.storages()),
         }
     }
 
@@ -317,16 +332,84 @@ impl Job<'_> {
     }
 }
 
-/// Repeats the placements of an interrupted job: the writer is then where it was.
-fn replay(writer: &mut dyn ImageWriter, progressed: &Progressed) -> Result<()> {
+/// Whether the host shares blocks of all of the disk's files with a new image.
+fn can_share(disk: &Disk, targets: &[Arc<dyn Storage>]) -> bool {
+    let sources = disk.layers().iter().flat_map(|layer| layer.image.storages());
+    // All files of a new image stand in one directory.
+    let Some(target) = targets.first() else { return false };
+    sources.into_iter().all(|source| try_share(source.as_ref(), target.as_ref()).unwrap_or(false))
+}
+
+/// Shares one block beyond the end of `target`, and takes it back.
+fn try_share(source: &dyn Storage, target: &dyn Storage) -> Result<bool> {
+    let unit = u64::from(target.limits().granularity.max(1));
+    let end = target.len()?;
+    let Some(at) = end.checked_next_multiple_of(unit) else { return Ok(false) };
+    if !target.limits().resizable || source.len()? < unit {
+        return Ok(false);
+    }
+    let outcome = block_on(target.copy_from(source, 0, at, unit, CopyMode::ShareOnly));
+    block_on(target.set_len(end, Preallocate::Off))?;
+    Ok(outcome? == Offloaded::Done)
+}
+
+/// Repeats the placements of an interrupted job: the writer is then where it was. Then looks whether the last blocks
+/// of the target are what the source says, as the job file claims.
+fn replay(disk: &Disk, writer: &mut dyn ImageWriter, progressed: &Progressed) -> Result<()> {
     let mut writes = Vec::new();
-    for placed in &progressed.placed {
-        writer.place(placed.block, placed.payload, &mut writes)?;
+    let unchecked = progressed.placed.len().saturating_sub(REPLAY_CHECKED_BLOCKS);
+    let mut last = Vec::new();
+    for (index, placed) in progressed.placed.iter().enumerate() {
+        let place = writer.place(placed.block, placed.payload, &mut writes)?;
+        if index >= unchecked {
+            last.push((*placed, place));
+        }
         if writes.len() > 256 {
             block_on(write_all(writer.storages(), std::mem::take(&mut writes)))?;
         }
     }
-    block_on(write_all(writer.storages(), writes))
+    block_on(write_all(writer.storages(), writes))?;
+    for (placed, place) in last {
+        if !is_there(disk, writer, progressed.position, placed, place).unwrap_or(false) {
+            return Err(Error::new(
+                Code::JournalMismatch,
+                "the unfinished target is not what the job file says",
+            )
+            .found(format!("other data for guest bytes at {:#x}", placed.block * writer.shape().block_size))
+            .hint("start over without --resume"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the target holds at `place` what the source holds in that block, as far as it lies below `position`.
+fn is_there(
+    disk: &Disk,
+    writer: &dyn ImageWriter,
+    position: u64,
+    placed: Placed,
+    place: Place,
+) -> Result<bool> {
+    let shape = writer.shape();
+    let start = placed.block * shape.block_size;
+    let len = disk.size().min(position).saturating_sub(start).min(shape.block_size) as usize;
+    let (source, result) = block_on(disk.read(Buf::zeroed(len), start));
+    result?;
+    let Some(storage) = writer.storages().get(place.storage) else { return Ok(false) };
+    let mut target = vec![0u8; shape.block_size as usize];
+    match (placed.payload, &shape.codec) {
+        (Payload::Encoded { len }, Some(codec)) => {
+            let encoded = block_on(read_vec(storage.as_ref(), place.offset, len))?;
+            codec.decode(&encoded, &mut target)?;
+        }
+        _ => {
+            // A block whose end is zero need not be there whole yet.
+            let have = storage.len()?.saturating_sub(place.offset).min(len as u64) as usize;
+            let data = block_on(read_vec(storage.as_ref(), place.offset, have))?;
+            target[..have].copy_from_slice(&data);
+        }
+    }
+    Ok(target[..len] == *source)
 }
 
 fn check_same_job(location: &Location, old: &str, new: &str) -> Result<()> {
@@ -393,7 +476,7 @@ struct Stamp {
 
 impl SourceStamp {
     fn take(images: &[OpenedImage]) -> Self {
-        let stamp = |storage: &dyn vellum_core::Storage| Stamp {
+        let stamp = |storage: &dyn Storage| Stamp {
             id: storage.id(),
             len: storage.len().ok(),
             modified_ns: storage.modified_ns(),
@@ -424,7 +507,7 @@ struct Keeper {
     location: Location,
     begin: String,
     journal: Mutex<Option<Journal>>,
-    resolver: std::sync::Arc<dyn vellum_core::Resolver>,
+    resolver: Arc<dyn vellum_core::Resolver>,
     possible: bool,
 }
 

@@ -33,7 +33,8 @@ pub(crate) struct Plan<'a> {
     pub writer: Box<dyn ImageWriter>,
     /// Runs of zeros of at least this many bytes are not written; 0 writes all data as it is.
     pub sparse_bytes: u64,
-    /// Share blocks with the source where the host can.
+    /// Place blocks without looking at them and share them with the source where the host can. Never changes during
+    /// a job, nor between a job and its resumption: what is placed depends on it.
     pub share: bool,
     pub threads: usize,
     pub progress: &'a dyn Progress,
@@ -49,7 +50,7 @@ pub(crate) struct Pipeline<'a> {
     storages: Vec<Arc<dyn Storage>>,
     pool: BufPool,
     sparse_bytes: u64,
-    share: AtomicBool,
+    share: bool,
     progress: &'a dyn Progress,
     turn: Mutex<Turn>,
     turned: Condvar,
@@ -105,7 +106,7 @@ impl<'a> Pipeline<'a> {
             storages: plan.writer.storages().to_vec(),
             pool: BufPool::new(16 << 20),
             sparse_bytes: plan.sparse_bytes,
-            share: AtomicBool::new(plan.share),
+            share: plan.share,
             progress: plan.progress,
             turn: Mutex::new(Turn { next: 0, writer: plan.writer }),
             turned: Condvar::new(),
@@ -194,8 +195,7 @@ impl<'a> Pipeline<'a> {
         if buf.capacity() < whole_blocks {
             buf = self.pool.take(whole_blocks);
         }
-        let shared =
-            self.shape.codec.is_none() && self.share.load(Ordering::Relaxed) && only_raw(&chunk.pieces);
+        let shared = self.shape.codec.is_none() && self.share && only_raw(&chunk.pieces);
         let (buf, placed) = match (&self.shape.codec, shared) {
             (None, true) => self.share_chunk(buf, &chunk)?,
             (None, false) => self.copy_chunk(buf, &chunk)?,
@@ -380,11 +380,11 @@ impl<'a> Pipeline<'a> {
         let to = write.offset + (guest.start - write.guest.start);
         let unit = u64::from(target.limits().granularity.max(1));
         let aligned = (from | to | len).is_multiple_of(unit);
-        if aligned && self.share.load(Ordering::Relaxed) {
+        if aligned {
             let mode = if self.sparse_bytes == 0 { CopyMode::InKernel } else { CopyMode::ShareOnly };
             match target.copy_from(source.as_ref(), from, to, len, mode).wait()? {
                 Offloaded::Done => return Ok(buf),
-                Offloaded::Cannot => self.share.store(false, Ordering::Relaxed),
+                Offloaded::Cannot => {}
             }
         }
         buf.set_window(0..len as usize);

@@ -53,19 +53,31 @@ pub(crate) fn check_siblings(
     Ok(())
 }
 
-fn check_not_source(resolver: &dyn Resolver, location: &Location, images: &[OpenedImage]) -> Result<()> {
+/// Refuses `location` if it is one of the files of the source.
+pub(crate) fn check_not_source(
+    resolver: &dyn Resolver,
+    location: &Location,
+    images: &[OpenedImage],
+) -> Result<()> {
+    if images.is_empty() || !block_on(resolver.exists(location))? {
+        return Ok(());
+    }
     let existing = block_on(resolver.open(&location.0, &Asker::User, Access::default()))?;
-    let id = existing.storage.id();
-    let same = |other: Option<StorageId>| id.is_some() && other == id;
-    let in_use = |image: &OpenedImage| {
-        same(image.storage.id()) || image.layer.image.storages().iter().any(|storage| same(storage.id()))
-    };
-    if images.iter().any(in_use) {
+    if existing.storage.id().is_some_and(|id| storage_ids(images).contains(&id)) {
         return Err(Error::new(Code::Usage, "the target is part of the source")
             .image(location)
             .hint("choose another target; rename it afterwards"));
     }
     Ok(())
+}
+
+/// Identities of all files of the source.
+pub(crate) fn storage_ids(images: &[OpenedImage]) -> Vec<StorageId> {
+    let parts = |image: &OpenedImage| -> Vec<StorageId> {
+        let storages = image.layer.image.storages().iter();
+        storages.filter_map(|storage| storage.id()).chain(image.storage.id()).collect()
+    };
+    images.iter().flat_map(parts).collect()
 }
 
 fn exists(target: &Location) -> Error {
