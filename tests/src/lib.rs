@@ -1,7 +1,7 @@
 //! What the tests across crates share.
 
-pub mod corpus;
 pub mod chains;
+pub mod corpus;
 pub mod disks;
 pub mod parallel;
 pub mod tools;

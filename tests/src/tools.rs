@@ -14,8 +14,7 @@ pub fn run(program: &str, package: &str, args: &[&str]) -> Output {
 /// Runs a program that must succeed; its standard output.
 pub fn run_ok(program: &str, package: &str, args: &[&str]) -> String {
     let output = run(program, package, args);
-    let (stdout, stderr) =
-        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(
         output.status.success(),
         "{program} {} failed with {}:\n{stdout}\n{stderr}",
@@ -112,11 +111,8 @@ print(size, digest.hexdigest())
         _ => "python3-libqcow",
     };
     // Debian's own interpreter: other Pythons on a machine do not see Debian's modules.
-    let out = run_ok(
-        "/usr/bin/python3",
-        &format!("python3 and {package}"),
-        &["-c", SCRIPT, module, text(image)],
-    );
+    let out =
+        run_ok("/usr/bin/python3", &format!("python3 and {package}"), &["-c", SCRIPT, module, text(image)]);
     let mut words = out.split_whitespace();
     let size = words.next().and_then(|word| word.parse().ok());
     let digest = words.next().map(str::to_owned);

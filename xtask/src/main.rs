@@ -1,5 +1,6 @@
 //! Chores of the workspace: `cargo xtask TASK`. A dispatcher; each task is a module.
 
+mod bench;
 mod pages;
 
 use std::error::Error;
@@ -16,6 +17,9 @@ const TASKS: &[(&str, &str, Task)] = &[
         "[DIRECTORY]  write the completions of shells (default: target/completions)",
         pages::completions,
     ),
+    ("bench", "convert|reflink|empty [OPTION]...  measure beside qemu-img (bench --help)", |arguments| {
+        Ok(bench::run(arguments)?)
+    }),
 ];
 
 fn main() -> ExitCode {

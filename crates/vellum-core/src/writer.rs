@@ -207,6 +207,10 @@ impl Output {
             self.0.resolver.sync_directory(&self.0.location).await?;
         }
         for file in files.iter().filter(|file| file.part != file.last) {
+            if file.last == self.0.location && files.len() > 1 {
+                // The main file's name must not be durable before those that it names.
+                self.0.resolver.sync_directory(&self.0.location).await?;
+            }
             self.0.resolver.rename(&file.part, &file.last).await?;
         }
         if self.0.mode != OutputMode::Device {
