@@ -148,7 +148,7 @@ impl Job<'_> {
         };
         let keeper = Keeper {
             location: job_location.clone(),
-            begin,
+            begin: Mutex::new(begin),
             journal: Mutex::new(journal),
             resolver: self.vellum.resolver.clone(),
             possible: self.mode != OutputMode::Device,
@@ -178,10 +178,8 @@ impl Job<'_> {
     /// Time and randomness of the new image: fixed if it must be reproducible, the old ones if resumed.
     fn providers(&self, resumed_begin: Option<&str>) -> Result<Seed> {
         if let Some(begin) = resumed_begin {
-            let value =
-                |name: &str| begin.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
-            let seed = value("seed").and_then(|v| u128::from_str_radix(v, 16).ok());
-            let unix_time = value("time").and_then(|v| v.parse().ok());
+            let seed = begin_value(begin, "seed").and_then(|v| u128::from_str_radix(v, 16).ok());
+            let unix_time = begin_value(begin, "time").and_then(|v| v.parse().ok());
             return match (seed, unix_time) {
                 (Some(seed), Some(unix_time)) => Ok(Seed { seed, unix_time }),
                 _ => Err(Error::new(Code::JournalMismatch, "the job file holds no seed")),
@@ -250,7 +248,9 @@ impl Job<'_> {
         if let Some(progressed) = progressed {
             replay(&self.disk, writer.as_mut(), progressed)?;
         }
-        let share = self.shares(writer.as_ref());
+        let decided = progressed.and_then(|p| begin_value(&p.begin, "share"));
+        let share = decided.map_or_else(|| self.shares(writer.as_ref()), |share| share == "true");
+        keeper.begin.lock().push_str(&format!("share={share}\n"));
         let layers = self.disk.layers().iter().map(|layer| layer.image.info().block_size);
         let encoded_block = writer.shape().codec.as_ref().map(|_| writer.shape().block_size);
         // Blocks of uncompressed sources need no whole chunk; compressed ones are at most 2 MiB in practice.
@@ -290,8 +290,9 @@ impl Job<'_> {
 
     /// Whether blocks are placed without a look at what is in them, for the host to share.
     ///
-    /// Decided once, by a trial: what is placed must not depend on when the host says that it cannot share. Above all a
-    /// resumed job must place as the interrupted one did, because it writes over what that one left.
+    /// Decided once, by a trial, and kept in the job file: what is placed must not depend on when the host says that it
+    /// cannot share. Above all a resumed job must place as the interrupted one did, because it writes over what that
+    /// one left.
     fn shares(&self, writer: &dyn ImageWriter) -> bool {
         match self.request.sparse_bytes {
             Some(bytes) => bytes == 0,
@@ -412,11 +413,18 @@ fn is_there(
     Ok(target[..len] == *source)
 }
 
+/// The value of a line `name=value` of a job's beginning.
+fn begin_value<'a>(begin: &'a str, name: &str) -> Option<&'a str> {
+    begin.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+}
+
 fn check_same_job(location: &Location, old: &str, new: &str) -> Result<()> {
-    let differs = old.lines().zip(new.lines()).find(|(a, b)| a != b);
+    // Found out while the job ran, not asked for.
+    let old: Vec<&str> = old.lines().filter(|line| !line.starts_with("share=")).collect();
+    let differs = old.iter().zip(new.lines()).find(|(a, b)| *a != b);
     let (found, allowed) = match differs {
-        Some((old, new)) => (old.to_owned(), new.to_owned()),
-        None if old.lines().count() == new.lines().count() => return Ok(()),
+        Some((old, new)) => ((*old).to_owned(), new.to_owned()),
+        None if old.len() == new.lines().count() => return Ok(()),
         None => ("another number of options or sources".to_owned(), String::new()),
     };
     Err(Error::new(Code::JournalMismatch, "the interrupted conversion was another one")
@@ -505,7 +513,7 @@ impl SourceStamp {
 /// Keeps the job file while the pipeline runs.
 struct Keeper {
     location: Location,
-    begin: String,
+    begin: Mutex<String>,
     journal: Mutex<Option<Journal>>,
     resolver: Arc<dyn vellum_core::Resolver>,
     possible: bool,
@@ -555,7 +563,8 @@ impl Keeper {
         let mut journal = self.journal.lock();
         block_on(async {
             if journal.is_none() {
-                *journal = Some(Journal::begin(self.resolver.as_ref(), &self.location, &self.begin).await?);
+                let begin = self.begin.lock().clone();
+                *journal = Some(Journal::begin(self.resolver.as_ref(), &self.location, &begin).await?);
             }
             for storage in output.storages() {
                 storage.flush().await?;

@@ -336,8 +336,10 @@ impl<'a> Pipeline<'a> {
     fn write_from(&self, mut buf: Buf, start: u64, write: &Write) -> Result<Buf> {
         buf.set_window((write.guest.start - start) as usize..(write.guest.end - start) as usize);
         let storage = self.storage(write.storage)?;
+        let len = buf.len() as u64;
         let (mut buf, result) = storage.write_at(buf, write.offset, WriteFlags::default()).wait();
         result.map_err(|e| e.context(format!("writing guest bytes at {:#x}", write.guest.start)))?;
+        start_writeback(storage.as_ref(), write.offset..write.offset + len);
         buf.clear_window();
         Ok(buf)
     }
@@ -463,13 +465,19 @@ impl<'a> Pipeline<'a> {
             }
             let mut buf = self.pool.take(joined.len());
             buf.copy_from_slice(&joined);
-            self.storage(storage)?
-                .write_at(buf, offset, WriteFlags::default())
-                .wait()
-                .1
-                .map_err(|e| e.context("writing compressed blocks"))?;
+            let target = self.storage(storage)?;
+            let result = target.write_at(buf, offset, WriteFlags::default()).wait().1;
+            result.map_err(|e| e.context("writing compressed blocks"))?;
+            start_writeback(target.as_ref(), offset..offset + joined.len() as u64);
         }
         Ok(())
+    }
+}
+
+/// Lets the host begin with what is large enough to be worth it: the flush at the end is then short.
+fn start_writeback(storage: &dyn Storage, range: Range<u64>) {
+    if range.end - range.start >= 64 << 10 {
+        storage.start_writeback(range);
     }
 }
 

@@ -3,9 +3,11 @@
 use crate::header::{FORMAT, FREE, Header, ZERO};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use vellum_core::storage::past_end;
 use vellum_core::{
-    BoxFuture, Code, Error, Extent, Image, ImageInfo, Lookup, OpenRequest, Result, Storage, TableCache, bytes,
+    BoxFuture, Code, Error, Events, Extent, Image, ImageInfo, Lookup, OpenRequest, Result, Storage,
+    TableCache, bytes,
 };
 
 /// Bytes of a page of the map: 16384 entries, 16 GiB of guest data with blocks of 1 MiB.
@@ -17,6 +19,8 @@ pub(crate) struct VdiImage {
     storages: [Arc<dyn Storage>; 1],
     table: TableCache,
     layout: Layout,
+    events: Events,
+    warned: AtomicBool,
 }
 
 /// Where things lie. All numbers were checked against each other and the file by `header::parse`.
@@ -27,6 +31,7 @@ struct Layout {
     extra: u64,
     stride: u64,
     allocated: u32,
+    blocks: u32,
     file_len: u64,
 }
 
@@ -52,10 +57,12 @@ impl VdiImage {
             extra: header.cb_block_extra.into(),
             stride: header.stride(),
             allocated: header.c_blocks_allocated,
+            blocks: header.c_blocks,
             file_len,
         };
         let table = TableCache::new(request.storage.clone(), request.limits.table_cache_bytes);
-        VdiImage { info, storages: [request.storage], table, layout }
+        let (events, warned) = (request.events, AtomicBool::new(false));
+        VdiImage { info, storages: [request.storage], table, layout, events, warned }
     }
 
     /// The page that holds the entry of `block`: byte offset of the page, and of the entry.
@@ -73,14 +80,30 @@ impl VdiImage {
         let visible = layout.block.min(self.info.virtual_size.saturating_sub(guest));
         let code = if start >= layout.file_len {
             Code::OutOfFile
-        } else if entry >= layout.allocated {
+        } else if entry >= layout.blocks {
             Code::Corrupt
         } else if bytes::add(start, visible)? > layout.file_len {
             Code::Truncated
         } else {
+            if entry >= layout.allocated {
+                self.warn_of_counter();
+            }
             return Ok(start);
         };
         Err(self.bad_entry(code, block, entry))
+    }
+
+    /// A crash between map and header leaves the counter behind (24 of 72 states of QEMU's writer). It is advisory;
+    /// what it says is no reason to withhold data that is there.
+    #[cold]
+    fn warn_of_counter(&self) {
+        if !self.warned.swap(true, Ordering::Relaxed) {
+            let allocated = self.layout.allocated;
+            self.events.warn(&format!(
+                "{}: the map has blocks past cBlocksAllocated ({allocated}), as a crash of the writer leaves it; they are read",
+                self.info.name
+            ));
+        }
     }
 
     #[cold]
@@ -95,9 +118,8 @@ impl VdiImage {
                 "the file was cut off: copy it again from where it came from, or restore a backup",
             ),
             _ => (
-                "a block lies past the last allocated block",
-                "if the program that wrote the image crashed, `qemu-img check -r all` on a copy of the image \
-                 corrects the counter",
+                "a block has a number that the image cannot have",
+                "the map is damaged: restore a backup, or copy what else can be read",
             ),
         };
         let at = self.page_of(block).map_or(self.layout.off_blocks, |(_, at)| at);
@@ -109,7 +131,7 @@ impl VdiImage {
             .found(format!("block {entry} for guest block {block}"))
             .allowed(format!(
                 "0 to {} in a file of {} bytes, FREE, ZERO",
-                i64::from(self.layout.allocated).saturating_sub(1),
+                i64::from(self.layout.blocks).saturating_sub(1),
                 self.layout.file_len
             ))
             .hint(hint)
