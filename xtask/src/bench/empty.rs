@@ -197,7 +197,7 @@ fn table(rows: &[Row]) -> String {
     text.push_str("|---|--:|---|--:|--:|--:|--:|--:|\n");
     for row in rows {
         let (ours, theirs) = (seconds(&row.ours), seconds(&row.theirs));
-        let cell = |value: Option<f64>| value.map_or("none".to_owned(), |value| number(Some(value)));
+        let cell = |value: Option<f64>| value.map_or("no, see below".to_owned(), |value| number(Some(value)));
         let _ = writeln!(
             text,
             "| {} | {} | {} | {} | {} | {} | {} | {} |",

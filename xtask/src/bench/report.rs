@@ -234,14 +234,15 @@ fn spread(pairs: &[Pair]) -> f64 {
     super::measure::median(pairs.iter().flat_map(|pair| &pair.entries).filter_map(of_entry))
 }
 
-/// A number of at least three digits, or a dash.
+/// A number with about three digits, or a dash.
 pub fn number(value: Option<f64>) -> String {
     match value {
         None => "-".to_owned(),
         Some(value) if value >= 100.0 => format!("{value:.0}"),
         Some(value) if value >= 10.0 => format!("{value:.1}"),
         Some(value) if value >= 0.1 => format!("{value:.2}"),
-        Some(value) => format!("{value:.3}"),
+        Some(value) if value >= 0.001 => format!("{value:.3}"),
+        Some(_) => "< 0.001".to_owned(),
     }
 }
 
@@ -346,6 +347,7 @@ mod tests {
         assert_eq!(number(Some(12.34)), "12.3");
         assert_eq!(number(Some(0.5)), "0.50");
         assert_eq!(number(Some(0.0123)), "0.012");
+        assert_eq!(number(Some(0.0002)), "< 0.001");
         assert_eq!(number(None), "-");
     }
 
