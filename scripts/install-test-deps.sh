@@ -9,6 +9,10 @@ packages=(
     libvmdk-utils   # vmdkinfo: a second opinion on VMDK
     libvhdi-utils   # vhdiinfo: a second opinion on VHD
     libqcow-utils   # qcowinfo: a second opinion on qcow2
+    python3         # runs the next three, which read guest data
+    python3-libvmdk # a second reader of VMDK
+    python3-libvhdi # a second reader of VHD
+    python3-libqcow # a second reader of qcow2
     fdisk           # sfdisk: partition tables of the disks that the tests and benchmarks build
     e2fsprogs       # mke2fs -d: file systems filled without root
     btrfs-progs     # mkfs.btrfs: reflinks

@@ -25,9 +25,11 @@ documentation() {
 # The completion's hand-over between threads, in every interleaving. Another cfg means another build of the dependencies, so
 # it has a target folder of its own, and the two builds do not throw each other out.
 loom() {
-    local target=${CARGO_TARGET_DIR:-target}
-    RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR="$target/loom" LOOM_MAX_PREEMPTIONS=3 \
-        cargo test --locked --package vellum-core --release --lib
+    local models=(cargo test --locked --package vellum-core --release --lib loom_tests)
+    local -x RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/loom LOOM_MAX_PREEMPTIONS=3
+    # A filter that fits nothing would pass.
+    "${models[@]}" -- --list | grep ': test$' >/dev/null
+    "${models[@]}"
 }
 
 step 'test dependencies' scripts/install-test-deps.sh

@@ -1,6 +1,7 @@
 //! What the tests across crates share.
 
 pub mod chains;
+pub mod conversions;
 pub mod corpus;
 pub mod disks;
 pub mod parallel;

@@ -27,6 +27,7 @@ pub fn be64(table: &[u8], index: usize) -> Option<u64> {
 #[cold]
 fn overflow() -> Error {
     Error::new(Code::Overflow, "sizes or offsets of the image exceed what 64 bits can hold")
+        .hint("the image is damaged or made to mislead; restore it from a backup")
 }
 
 /// `a + b`, or `OVERFLOW`.

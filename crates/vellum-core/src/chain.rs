@@ -6,8 +6,9 @@
 
 use crate::{
     Access, Asker, BoxFuture, Buf, Code, Confidence, Disk, DiskOptions, Error, Events, Format, Identity,
-    Layer, Limits, Location, OpenRequest, Opened, ParentRef, Resolver, Result, Sample, Storage,
+    Layer, Limits, Location, OpenRequest, Opened, ParentRef, Resolver, Result, Sample, Storage, Uuid,
 };
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// The formats that are known, in the order in which they are tried.
@@ -154,6 +155,7 @@ impl FormatRegistry {
         let opened = resolver.open(name, &Asker::User, Access::default()).await?;
         let mut images =
             vec![self.open_image(resolver, opened, options.format.as_deref(), options, true).await?];
+        let mut neighbours = Neighbours::new();
         while let Some(parent) = images.last().and_then(|child| child.layer.image.info().parent.clone()) {
             if images.len() >= options.limits.chain_depth {
                 return Err(Error::new(Code::Depth, "the chain of parents is too long")
@@ -162,7 +164,7 @@ impl FormatRegistry {
                     .allowed(format!("up to {}", options.limits.chain_depth))
                     .hint("merge some of the images"));
             }
-            let found = self.find_parent(resolver, &images, &parent, options).await?;
+            let found = self.find_parent(resolver, &images, &parent, options, &mut neighbours).await?;
             check_cycle(&images, &found)?;
             images.push(found);
         }
@@ -177,6 +179,7 @@ impl FormatRegistry {
         images: &'a [OpenedImage],
         parent: &'a ParentRef,
         options: &'a ChainOptions,
+        neighbours: &'a mut Neighbours,
     ) -> BoxFuture<'a, Result<OpenedImage>> {
         Box::pin(async move {
             let Some(child) = images.last().map(|image| &image.layer) else {
@@ -206,7 +209,7 @@ impl FormatRegistry {
                 }
             }
             if parent.expected.uuid.is_some()
-                && let Some(found) = search.siblings(images).await?
+                && let Some(found) = search.siblings(images, neighbours).await?
             {
                 return search.recognise(found);
             }
@@ -226,6 +229,9 @@ impl FormatRegistry {
     }
 }
 
+/// The UUIDs of the files beside an image, as far as they were looked at: each is looked at once for a whole chain.
+type Neighbours = HashMap<Location, Option<Uuid>>;
+
 /// The search for the parent of one image.
 struct Search<'a> {
     formats: &'a FormatRegistry,
@@ -240,6 +246,19 @@ impl Search<'_> {
         let identified = self.parent.expected != Identity::default();
         let location = opened.location.clone();
         let format = self.parent.format.as_deref();
+        if let Some(name) = format
+            && let Err(unknown) = self.formats.by_name(name)
+        {
+            // The image says so, not the user: it is no misuse.
+            return Err(Error::new(
+                Code::Feature,
+                "the image says that its parent has a format that is not known",
+            )
+            .image(&self.child.location)
+            .found(name)
+            .allowed(unknown.allowed_values().unwrap_or_default())
+            .hint("convert the parent with a tool that knows the format"));
+        }
         let found = self
             .formats
             .open_image(self.resolver, opened, format, self.options, true)
@@ -259,31 +278,44 @@ impl Search<'_> {
     }
 
     /// Looks among the images of the child's directory for the one with the expected UUID.
-    async fn siblings(&self, images: &[OpenedImage]) -> Result<Option<OpenedImage>> {
+    async fn siblings(
+        &self,
+        images: &[OpenedImage],
+        neighbours: &mut Neighbours,
+    ) -> Result<Option<OpenedImage>> {
+        let wanted = self.parent.expected.uuid;
         for location in self.resolver.siblings(&self.child.location).await? {
             if images.iter().any(|image| image.layer.location == location) {
+                continue;
+            }
+            let known = neighbours.get(&location).copied();
+            if known.is_some_and(|uuid| uuid != wanted) {
                 continue;
             }
             let asker = Asker::Parent { of: self.child.location.clone() };
             let name = self.resolver.file_name(&location);
             let Ok(opened) = self.resolver.open(&name, &asker, Access::default()).await else { continue };
-            // Only what some format claims can have an identity; a broken neighbour is not our affair.
-            match self.formats.probe(opened.storage.as_ref()).await {
-                Ok(probe) if !probe.by_default => {}
-                _ => continue,
+            if known.is_none() {
+                let uuid = self.uuid_of(opened.clone()).await;
+                neighbours.insert(location, uuid);
+                if uuid != wanted {
+                    continue;
+                }
             }
-            let Ok(found) =
-                self.formats.open_image(self.resolver, opened.clone(), None, self.options, false).await
-            else {
-                continue;
-            };
-            if found.layer.image.info().identity.uuid == self.parent.expected.uuid {
-                return Ok(Some(
-                    self.formats.open_image(self.resolver, opened, None, self.options, true).await?,
-                ));
-            }
+            let found = self.formats.open_image(self.resolver, opened, None, self.options, true).await?;
+            return Ok(Some(found));
         }
         Ok(None)
+    }
+
+    /// The UUID of a neighbour. Only what some format claims can have one; a broken neighbour is not our affair.
+    async fn uuid_of(&self, opened: Opened) -> Option<Uuid> {
+        let probe = self.formats.probe(opened.storage.as_ref()).await.ok()?;
+        if probe.by_default {
+            return None;
+        }
+        let found = self.formats.open_image(self.resolver, opened, None, self.options, false).await.ok()?;
+        found.layer.image.info().identity.uuid
     }
 
     /// Compares the identity of what was found with what the child expects.

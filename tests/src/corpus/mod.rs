@@ -11,6 +11,9 @@
 //! | `refs` | references to other files, for every format that has them |
 //! | `probing` | polyglots, raw, files that are nothing |
 
+// Zeros of a check are ranges of bytes, one or many.
+#![allow(clippy::single_range_in_vec_init)]
+
 pub mod harness;
 pub mod kit;
 mod probing;

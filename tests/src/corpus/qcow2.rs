@@ -123,7 +123,7 @@ fn tables(cases: &mut Cases) {
     l1(cases, "qcow2/l1-misaligned", L1 + 512, Code::Misaligned);
     l1(cases, "qcow2/l1-past-end", 1 << 40, Code::OutOfFile);
     l1(cases, "qcow2/l1-at-end", 0x60000, Code::OutOfFile);
-    l1(cases, "qcow2/l1-max", u64::MAX & !(CLUSTER - 1), Code::OutOfFile);
+    l1(cases, "qcow2/l1-max", !(CLUSTER - 1), Code::OutOfFile);
     l1(cases, "qcow2/l1-on-refcount-table", REFTABLE, Code::Overlap);
     let reftable = |cases: &mut Cases, name: &str, value: u64, code| {
         cases.refuse(name, 2, base().be64(48, value), code).field("refcount_table_offset", 48);
@@ -221,6 +221,8 @@ fn header_extensions(cases: &mut Cases) {
     };
     cases.refuse("qcow2/bitmaps-max", 1, bitmaps(u32::MAX, u64::MAX, u64::MAX), Code::TableLimit);
     cases.refuse("qcow2/bitmaps-65536", 1, bitmaps(65536, 64, 0x50000), Code::TableLimit);
+    let most = bitmaps(65535, 65535 * 24, 0x60000).cut(0x60000 + 65535 * 24);
+    cases.accept("qcow2/bitmaps-65535", 6, most, content());
     cases.refuse("qcow2/bitmaps-directory-past-end", 2, bitmaps(1, 64, 1 << 40), Code::OutOfFile);
     let table = [&[0u8, 0][..], &[0xff; 46], &[2, 63], &[b'x'; 46]].concat();
     cases.accept("qcow2/feature-names-garbage", 8, extensions(base(), &[(0x6803_F857, &table)]), content());
@@ -259,6 +261,18 @@ fn snapshots(cases: &mut Cases) {
         .refuse("qcow2/snapshots-past-end", 2, snapshots(1, 1 << 40), Code::OutOfFile)
         .about("snapshots_offset");
     cases.refuse("qcow2/snapshots-at-0", 2, snapshots(1, 0), Code::Overlap).about("snapshots_offset");
+    // As many as are allowed, all of them zeros in a hole of the file; and names as long as they can be, of bytes
+    // that are no text.
+    let most = snapshots(65536, 0x60000).cut(0x60000 + 65536 * 40);
+    cases.accept("qcow2/snapshots-65536", 6, most, content()).reads(20 << 20);
+    let mut long = snapshots(125, 0x60000);
+    for i in 0..125 {
+        let at = 0x60000 + i * (40 + 16 + 65535 + 65529);
+        long = long.put(at, &[0; 12]).put(at + 12, &[0xff, 0xff, 0xff, 0xf9]).be32(at + 36, 16);
+        long = long.put(at + 56, &vec![0xff; 65535 + 65529]);
+    }
+    let end = (long.len + 8).next_multiple_of(CLUSTER);
+    cases.accept("qcow2/snapshots-named-in-16m", 6, long.cut(end), content()).reads(20 << 20);
     let entry = |extra: u32| {
         snapshots(1, 0x60000)
             .be64(0x60000, L1)

@@ -5,7 +5,7 @@ use super::tools::{must, tool, workspace};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Name and value, in the order of printing.
 pub fn facts(folder: &Path, vellum: &Path) -> Vec<(&'static str, String)> {
@@ -79,11 +79,22 @@ pub fn free_bytes(folder: &Path) -> Result<u64> {
     Ok(all.f_bfree * all.f_frsize)
 }
 
-/// Waits until everything written to the file system that holds `folder` is on the disk.
+/// Waits until everything written to the file system that holds `folder` is on the disk, and what was deleted is free:
+/// XFS and btrfs free the blocks of a deleted file later, in the background.
 pub fn settle(folder: &Path) -> Result<()> {
     let explain = |error: std::io::Error| format!("{}: {error}", folder.display());
     let open = fs::File::open(folder).map_err(explain)?;
-    rustix::fs::syncfs(&open).map_err(|error| explain(error.into()))
+    let mut free = None;
+    // Others may write to the same file system all the time; do not wait for them for long.
+    for _ in 0..20 {
+        rustix::fs::syncfs(&open).map_err(|error| explain(error.into()))?;
+        let before = free.replace(free_bytes(folder)?);
+        if before == free {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 /// Date and time in UTC.

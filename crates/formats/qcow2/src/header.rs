@@ -192,8 +192,10 @@ impl Header {
             )
             .hint("a newer version of the tool that wrote the image may know it"));
         }
+        // Unknown bits are refused by name later; they may change what the known ones mean.
         let flagged = self.incompatible & INCOMPAT_COMPRESSION != 0;
-        if flagged != (self.compression_type != COMPRESSION_ZLIB) {
+        if self.incompatible & !INCOMPAT_KNOWN == 0 && flagged != (self.compression_type != COMPRESSION_ZLIB)
+        {
             return Err(field(
                 Code::Corrupt,
                 "compression type and its feature bit contradict each other",

@@ -17,6 +17,9 @@ const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Tables are cached in pages of this many bytes, or whole if they are smaller.
 const PAGE: u64 = 64 << 10;
 const SUBCLUSTERS: u32 = 32;
+/// Entries that one lookup goes through at most, or it could take hours: every L1 entry of a small file may name the
+/// same L2 table, so that a petabyte is described by a few MiB.
+const STEPS_MAX: u32 = 32_768;
 
 /// An open image.
 pub(crate) struct Qcow2Image {
@@ -84,7 +87,8 @@ impl Qcow2Image {
     /// The checked offset of the L2 table that an L1 entry names.
     fn l2_table(&self, entry: u64, at: u64) -> Result<u64> {
         if entry & L1_RESERVED != 0 {
-            return Err(bad(Code::Corrupt, "reserved bits of an L1 entry are set", "L1 entry", at, entry));
+            return Err(bad(Code::Corrupt, "reserved bits of an L1 entry are set", "L1 entry", at, entry)
+                .allowed(format!("bits of {:#018x} clear", L1_RESERVED)));
         }
         let offset = entry & OFFSET_MASK;
         self.check_cluster(offset, "L1 entry", at, self.file_len)?;
@@ -111,7 +115,8 @@ impl Qcow2Image {
             return self.compressed(entry, at, skip, range);
         }
         if entry & L2_RESERVED != 0 {
-            return Err(bad(Code::Corrupt, "reserved bits of an L2 entry are set", "L2 entry", at, entry));
+            return Err(bad(Code::Corrupt, "reserved bits of an L2 entry are set", "L2 entry", at, entry)
+                .allowed(format!("bits of {:#018x} clear", L2_RESERVED)));
         }
         if self.header.extended_l2() {
             let bitmap = self::entry(&l2, bytes::add(within, 8)?)?;
@@ -119,7 +124,15 @@ impl Qcow2Image {
         }
         let len = bytes::sub(self.cluster, skip)?.min(bytes::sub(range.end, range.start)?);
         if entry & ZERO != 0 {
+            if self.header.version < 3 {
+                let what = "the zero bit of an L2 entry is set in an image of version 2";
+                return Err(bad(Code::Corrupt, what, "L2 entry", at, entry).allowed("bit 0 clear"));
+            }
             return Ok(Step::Found(len, Extent::Zero));
+        }
+        if entry & OFFSET_MASK == l2_offset && !self.header.has_data_file() {
+            let what = "an L2 entry points at its own table";
+            return Err(bad(Code::Overlap, what, "L2 entry", at, entry).allowed("a cluster of guest data"));
         }
         if entry & OFFSET_MASK == 0 && !self.at_zero_of_data_file(entry, range.start) {
             return Ok(Step::Found(len, Extent::Parent));
@@ -176,7 +189,8 @@ impl Qcow2Image {
         ] {
             if offset < start.saturating_add(len) && start < offset.saturating_add(self.cluster) && len > 0 {
                 let what = format!("an offset points into {what}");
-                return Err(bad(Code::Overlap, &what, name, at, offset));
+                return Err(bad(Code::Overlap, &what, name, at, offset)
+                    .allowed("a cluster of its own, outside of header, L1 and refcount table"));
             }
         }
         Ok(())
@@ -201,7 +215,8 @@ impl Qcow2Image {
         let sectors = bytes::add(body.checked_shr(x).unwrap_or(0), 1)?;
         let end = bytes::add(offset & !511, bytes::mul(sectors, 512)?)?;
         if offset < self.cluster {
-            return Err(bad(Code::Overlap, "compressed data stands in the header", "L2 entry", at, offset));
+            return Err(bad(Code::Overlap, "compressed data stands in the header", "L2 entry", at, offset)
+                .allowed(format!("from {}", self.cluster)));
         }
         if offset >= self.file_len || end > bytes::align_up(self.file_len, 512)? {
             return Err(self.out_of_file(
@@ -307,7 +322,7 @@ impl Image for Qcow2Image {
 
     fn map(&self, range: Range<u64>) -> Result<Lookup> {
         let mut run: Option<(u64, Extent)> = None;
-        loop {
+        for _ in 0..STEPS_MAX {
             let at = range.start.saturating_add(run.as_ref().map_or(0, |(len, _)| *len));
             if at >= range.end {
                 break;

@@ -11,6 +11,8 @@ const DIRECTORY_MAX: u64 = 16 << 20;
 const EXTRA_MAX: u32 = 1024;
 /// Most bitmaps (QEMU's limit).
 const BITMAPS_MAX: u32 = 65_535;
+/// Bytes of a name that are kept (QEMU writes at most 256 for a snapshot, 1023 for a bitmap).
+const NAME_SHOWN_MAX: usize = 1023;
 
 #[cold]
 fn bad(code: Code, what: &str, field: &str, at: u64) -> Error {
@@ -23,6 +25,11 @@ fn bad(code: Code, what: &str, field: &str, at: u64) -> Error {
 async fn directory(storage: &dyn Storage, offset: u64, len: u64, file_len: u64) -> Result<Buf> {
     let len = len.min(file_len.saturating_sub(offset)).min(DIRECTORY_MAX);
     read_vec(storage, offset, bytes::index(len)?).await
+}
+
+/// A name as it is shown. Cut, because bytes that are no text take three times their room as text.
+fn shown(name: &[u8]) -> String {
+    String::from_utf8_lossy(name.get(..NAME_SHOWN_MAX).unwrap_or(name)).into_owned()
 }
 
 /// Lists the internal snapshots.
@@ -98,7 +105,7 @@ fn entry(table: &[u8], at: usize) -> Option<Snapshot> {
     let name_at = id_at.checked_add(id_len)?;
     let end = name_at.checked_add(name_len)?;
     let extra_data = table.get(extra_at..id_at)?;
-    let text = |range| table.get(range).map(|b| String::from_utf8_lossy(b).into_owned());
+    let text = |range| table.get(range).map(shown);
     Some(Snapshot {
         l1_table_offset: bytes::be64(fixed, 0)?,
         l1_size: bytes::be32(fixed, 2)?,
@@ -215,7 +222,7 @@ fn bitmap(table: &[u8], at: usize) -> Option<(Value, usize)> {
     let extra = usize::try_from(bytes::be32(fixed, 5)?).ok()?;
     let name_at = at.checked_add(24)?.checked_add(extra)?;
     let end = name_at.checked_add(name_len)?;
-    let name = String::from_utf8_lossy(table.get(name_at..end)?).into_owned();
+    let name = shown(table.get(name_at..end)?);
     let value = Value::Record(vec![
         ("name", Value::Text(name)),
         ("granularity", Value::Bytes(1u64.checked_shl(granularity.into()).unwrap_or(0))),

@@ -191,6 +191,7 @@ impl SparseExtentHeader {
                     28,
                 )
                 .found(format!("sector {sector}, {sectors} sectors"))
+                .allowed("a place that 64 bits can hold")
                 .hint("the header is damaged; restore it from a backup"));
             }
         };
