@@ -172,6 +172,11 @@ impl Job<'_> {
         if !self.request.resume || self.mode == OutputMode::Device {
             return Ok(None);
         }
+        // A job file whose work is gone (a crash after it was put in place, or a deleted .part) has nothing to go on with.
+        let part = Location(format!("{}.part", self.request.target));
+        if !block_on(self.vellum.resolver.exists(&part))? {
+            return Ok(None);
+        }
         block_on(Journal::resume(self.vellum.resolver.as_ref(), job))
     }
 

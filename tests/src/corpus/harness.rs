@@ -309,7 +309,7 @@ fn read_sample(disk: &Disk, data: &[Range<u64>]) -> Result<()> {
         // The range itself, and a little across both its borders.
         let wanted = range.start.saturating_sub(7)..range.end.saturating_add(7).min(size);
         let mut at = wanted.start;
-        while at < wanted.end && at < wanted.start + 8 * STEP && left > 0 {
+        while at < wanted.end && at - wanted.start < 8 * STEP && left > 0 {
             let len = (wanted.end - at).min(STEP).min(left);
             read(disk, at, len as usize)?;
             at += len;
