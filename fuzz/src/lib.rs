@@ -19,6 +19,8 @@ use vellum_tests::corpus::{Content, Expect, HostileCase, HostileFile, Sparse};
 
 /// Bytes that all operations of one file put at most.
 const PUT_MAX: u64 = 2 << 20;
+/// Files are no longer than any system lets them be.
+const LEN_MAX: u64 = i64::MAX as u64;
 /// Operations of one file.
 const OPS_MAX: usize = 256;
 
@@ -50,7 +52,7 @@ fn file(u: &mut Unstructured<'_>) -> arbitrary::Result<Sparse> {
                 let offset = u.arbitrary::<u64>()?;
                 let len = usize::from(u.arbitrary::<u16>()?).min(u.len());
                 let bytes = u.bytes(len)?;
-                if offset.checked_add(bytes.len() as u64).is_some() && bytes.len() as u64 <= left {
+                if offset <= LEN_MAX - bytes.len() as u64 && bytes.len() as u64 <= left {
                     left -= bytes.len() as u64;
                     file = file.put(offset, bytes);
                 }
@@ -60,12 +62,12 @@ fn file(u: &mut Unstructured<'_>) -> arbitrary::Result<Sparse> {
                 let count = u.arbitrary::<u32>()? % (1 << 20);
                 let len = usize::from(u.arbitrary::<u8>()?).min(u.len());
                 let bytes = u.bytes(len)?.repeat(count as usize % (1 + left as usize / len.max(1)));
-                if offset.checked_add(bytes.len() as u64).is_some() {
+                if offset <= LEN_MAX - bytes.len() as u64 {
                     left = left.saturating_sub(bytes.len() as u64);
                     file = file.put(offset, &bytes);
                 }
             }
-            2 => file = file.cut(u.arbitrary()?),
+            2 => file = file.cut(u.arbitrary::<u64>()?.min(LEN_MAX)),
             3 => file = vellum_tests::corpus::seal_vhd(file),
             _ => break,
         }
