@@ -1,5 +1,5 @@
-//! The suite that every format passes: what is written through its [`ImageWriter`] reads back through its
-//! [`Image`], against a byte-array model; the same calls give the same bytes; opening changes nothing.
+//! The suite that every format passes: what is written through its `ImageWriter` reads back through its
+//! `Image`, against a byte-array model; the same calls give the same bytes; opening changes nothing.
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
