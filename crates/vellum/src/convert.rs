@@ -15,8 +15,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vellum_core::storage::read_vec;
 use vellum_core::{
     Buf, ChainOptions, Code, CopyMode, CreateRequest, Disk, DiskTraits, Error, Format, ImageWriter, Location,
-    Offloaded, OpenedImage, OptionValues, Output, OutputMode, Payload, Place, Preallocate, Providers, Result,
-    Storage, block_on, write_all,
+    Offloaded, OpenedImage, OptionValues, Output, OutputMode, Payload, PieceKind, Place, Preallocate,
+    Providers, Result, Storage, block_on, write_all,
 };
 
 /// What to convert into what.
@@ -340,10 +340,27 @@ impl Job<'_> {
 
 /// Whether the host shares blocks of all of the disk's files with a new image.
 fn can_share(disk: &Disk, targets: &[Arc<dyn Storage>]) -> bool {
-    let sources = disk.layers().iter().flat_map(|layer| layer.image.storages());
     // All files of a new image stand in one directory.
     let Some(target) = targets.first() else { return false };
-    sources.into_iter().all(|source| try_share(source.as_ref(), target.as_ref()).unwrap_or(false))
+    let unit = u64::from(target.limits().granularity.max(1));
+    let sources = disk.layers().iter().flat_map(|layer| layer.image.storages());
+    first_data_is_aligned(disk, unit).unwrap_or(false)
+        && sources.into_iter().all(|source| try_share(source.as_ref(), target.as_ref()).unwrap_or(false))
+}
+
+/// Whether data stands in its file as it stands on the disk, to a multiple of `unit`. (The rest stands as the first does.)
+fn first_data_is_aligned(disk: &Disk, unit: u64) -> Result<bool> {
+    let mut at = 0;
+    while at < disk.size() {
+        for piece in block_on(disk.pieces(at..disk.size(), 64))? {
+            match piece.kind {
+                PieceKind::Zero => at = piece.range.end,
+                PieceKind::Raw { offset, .. } => return Ok(offset % unit == piece.range.start % unit),
+                PieceKind::Encoded(..) => return Ok(true),
+            }
+        }
+    }
+    Ok(true)
 }
 
 /// Shares one block beyond the end of `target`, and takes it back.

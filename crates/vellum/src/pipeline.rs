@@ -266,27 +266,33 @@ impl<'a> Pipeline<'a> {
     /// The guest ranges of the chunk that must be written.
     fn data_runs(&self, buf: &[u8], chunk: &Chunk) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
+        for piece in chunk.pieces.iter().filter(|piece| !matches!(piece.kind, PieceKind::Zero)) {
+            let from = (piece.range.start - chunk.range.start) as usize;
+            let len = (piece.range.end - piece.range.start) as usize;
+            self.add_data_runs(&buf[from..from + len], piece.range.start, &mut runs);
+        }
+        runs
+    }
+
+    /// Adds the ranges of `content`, which begins at guest byte `start`, that are not zero.
+    fn add_data_runs(&self, content: &[u8], start: u64, runs: &mut Vec<Range<u64>>) {
+        let end = start + content.len() as u64;
         let mut add = |range: Range<u64>| match runs.last_mut() {
             Some(last) if last.end == range.start => last.end = range.end,
             _ => runs.push(range),
         };
-        for piece in chunk.pieces.iter().filter(|piece| !matches!(piece.kind, PieceKind::Zero)) {
-            if self.sparse_bytes == 0 {
-                add(piece.range.clone());
-                continue;
-            }
-            let mut at = piece.range.start;
-            while at < piece.range.end {
-                // Cut at multiples of the unit, so that what is written stays aligned.
-                let end = (at / self.sparse_bytes + 1).saturating_mul(self.sparse_bytes).min(piece.range.end);
-                let from = (at - chunk.range.start) as usize;
-                if !bytes::is_zero(&buf[from..from + (end - at) as usize]) {
-                    add(at..end);
-                }
-                at = end;
-            }
+        if self.sparse_bytes == 0 {
+            return add(start..end);
         }
-        runs
+        let mut at = start;
+        while at < end {
+            // Cut at multiples of the unit, so that what is written stays aligned.
+            let stop = (at / self.sparse_bytes + 1).saturating_mul(self.sparse_bytes).min(end);
+            if !bytes::is_zero(&content[(at - start) as usize..(stop - start) as usize]) {
+                add(at..stop);
+            }
+            at = stop;
+        }
     }
 
     /// Places the blocks of `runs`; neighbours in guest and file become one write.
@@ -391,13 +397,15 @@ impl<'a> Pipeline<'a> {
         }
         buf.set_window(0..len as usize);
         let (mut back, result) = source.read_at(buf, from).wait();
-        result?;
-        if self.sparse_bytes > 0 && bytes::is_zero(&back) {
-            back.clear_window();
-            return Ok(back);
+        result.map_err(|e| e.context(format!("reading guest bytes at {:#x}", guest.start)))?;
+        let mut runs = Vec::new();
+        self.add_data_runs(&back, guest.start, &mut runs);
+        for run in runs {
+            let part = Write { storage: write.storage, offset: to + (run.start - guest.start), guest: run };
+            back = self.write_from(back, guest.start, &part)?;
         }
-        let part = Write { storage: write.storage, offset: to, guest: guest.clone() };
-        self.write_from(back, guest.start, &part)
+        back.clear_window();
+        Ok(back)
     }
 
     // Encoded blocks.
