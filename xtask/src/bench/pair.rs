@@ -104,6 +104,9 @@ impl Pair {
     }
 }
 
+/// What a run of the usual disk needs of the page cache.
+const TOUCHED_MIB: usize = 1536;
+
 /// What all pairs of a run share.
 pub struct Arena<'a> {
     /// Outputs lie here, one at a time.
@@ -138,7 +141,10 @@ impl Arena<'_> {
         let mut pair = Pair { source, target, entries, verified: None };
         warm(input)?;
         for round in 0..self.runs {
-            for entry in &mut pair.entries {
+            // Each round another contender is first: who follows whom must not matter.
+            let count = pair.entries.len();
+            for turn in 0..count {
+                let Some(entry) = pair.entries.get_mut((round + turn) % count) else { continue };
                 let verdict = self.one(entry, source, target, input, round)?;
                 pair.verified = pair.verified.take().or(verdict);
             }
@@ -158,6 +164,7 @@ impl Arena<'_> {
     ) -> Result<Option<Result<()>>> {
         let Ok(samples) = &mut entry.samples else { return Ok(None) };
         self.clear()?;
+        self.touch_memory()?;
         let free_bytes = host::free_bytes(&self.folder)?;
         let output = self.folder.join(format!("output.{}", target.extension));
         let mut command = self.command(entry.contender, source, target, input, &output);
@@ -208,6 +215,20 @@ impl Arena<'_> {
         }
         command.arg(input).arg(output);
         command
+    }
+
+    /// Fills page cache and gives it back. A virtual machine returns free memory to its host after a moment, and whoever
+    /// touches it next pays up to a second for it; so everybody starts with memory that was just used.
+    fn touch_memory(&self) -> Result<()> {
+        let scratch = self.folder.join("scratch");
+        let fill = || {
+            let mut file = fs::File::create(&scratch)?;
+            let block = vec![1u8; 1 << 20];
+            (0..TOUCHED_MIB).try_for_each(|_| std::io::Write::write_all(&mut file, &block))?;
+            drop(file);
+            fs::remove_file(&scratch)
+        };
+        fill().map_err(|error| format!("{}: {error}", scratch.display()))
     }
 
     /// Removes the last output and lets the file system come to rest, so that no run pays for the one before.
