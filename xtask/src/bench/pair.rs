@@ -97,6 +97,15 @@ impl Pair {
         Some(ours.durable_seconds()? / others.iter().filter_map(other).min_by(f64::total_cmp)?)
     }
 
+    /// Whether an entry has shown in its first round that it is not the fastest of the others, in a pair that takes long:
+    /// the ratio is beside the fastest, and the rest of the time is better spent on other pairs.
+    fn is_out(&self, index: usize) -> bool {
+        let first = |entry: &Entry| entry.samples.as_ref().ok()?.first().map(|sample| sample.durable_seconds);
+        let Some(own) = self.entries.get(index).filter(|_| index > 0).and_then(first) else { return false };
+        let fastest = self.entries.iter().skip(1).filter_map(first).min_by(f64::total_cmp);
+        fastest.is_some_and(|fastest| fastest > LONG_SECONDS && own > fastest)
+    }
+
     /// Is every output the same disk as its source, as far as compared, and did Vellum convert it?
     pub fn is_good(&self) -> bool {
         let converted = self.entries.first().is_some_and(|entry| entry.samples.is_ok());
@@ -104,8 +113,11 @@ impl Pair {
     }
 }
 
+/// A conversion that takes longer than this is repeated only by Vellum and by the fastest of the others.
+const LONG_SECONDS: f64 = 6.0;
+
 /// What a run of the usual disk needs of the page cache.
-const TOUCHED_MIB: usize = 1536;
+const TOUCHED_MIB: usize = 640;
 
 /// What all pairs of a run share.
 pub struct Arena<'a> {
@@ -144,7 +156,11 @@ impl Arena<'_> {
             // Each round another contender is first: who follows whom must not matter.
             let count = pair.entries.len();
             for turn in 0..count {
-                let Some(entry) = pair.entries.get_mut((round + turn) % count) else { continue };
+                let index = (round + turn) % count;
+                if round > 0 && pair.is_out(index) {
+                    continue;
+                }
+                let Some(entry) = pair.entries.get_mut(index) else { continue };
                 let verdict = self.one(entry, source, target, input, round)?;
                 pair.verified = pair.verified.take().or(verdict);
             }
@@ -163,8 +179,8 @@ impl Arena<'_> {
         round: usize,
     ) -> Result<Option<Result<()>>> {
         let Ok(samples) = &mut entry.samples else { return Ok(None) };
-        self.clear()?;
         self.touch_memory()?;
+        self.clear()?;
         let free_bytes = host::free_bytes(&self.folder)?;
         let output = self.folder.join(format!("output.{}", target.extension));
         let mut command = self.command(entry.contender, source, target, input, &output);
