@@ -3,4 +3,5 @@
 #![forbid(unsafe_code)]
 
 pub mod format;
+pub mod peers;
 pub mod storage;
