@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vellum_core::storage::read_vec;
 use vellum_core::{
     Buf, ChainOptions, Code, CopyMode, CreateRequest, Disk, DiskTraits, Error, Format, ImageWriter, Location,
-    Offloaded, OpenedImage, OptionValues, Output, OutputMode, Payload, PieceKind, Place, Preallocate,
+    Offloaded, OpenedImage, OptionValues, Output, OutputMode, Payload, Piece, PieceKind, Place, Preallocate,
     Providers, Result, Storage, block_on, write_all,
 };
 
@@ -348,19 +348,15 @@ fn can_share(disk: &Disk, targets: &[Arc<dyn Storage>]) -> bool {
         && sources.into_iter().all(|source| try_share(source.as_ref(), target.as_ref()).unwrap_or(false))
 }
 
-/// Whether data stands in its file as it stands on the disk, to a multiple of `unit`. (The rest stands as the first does.)
+/// Whether the first data of the disk stands in its file as it stands on the disk, to a multiple of `unit`; the rest
+/// stands as the first does. Looks no farther than a disk's beginning: the map of an empty one is not read twice.
 fn first_data_is_aligned(disk: &Disk, unit: u64) -> Result<bool> {
-    let mut at = 0;
-    while at < disk.size() {
-        for piece in block_on(disk.pieces(at..disk.size(), 64))? {
-            match piece.kind {
-                PieceKind::Zero => at = piece.range.end,
-                PieceKind::Raw { offset, .. } => return Ok(offset % unit == piece.range.start % unit),
-                PieceKind::Encoded(..) => return Ok(true),
-            }
-        }
-    }
-    Ok(true)
+    let pieces = block_on(disk.pieces(0..disk.size().min(1 << 30), 64))?;
+    let first = pieces.iter().find(|piece| !matches!(piece.kind, PieceKind::Zero));
+    Ok(match first {
+        Some(Piece { range, kind: PieceKind::Raw { offset, .. } }) => offset % unit == range.start % unit,
+        _ => true,
+    })
 }
 
 /// Shares one block beyond the end of `target`, and takes it back.
