@@ -109,6 +109,7 @@ pub fn write_image(
         compress: recipe.compress,
         level: recipe.level,
         providers: Providers::seeded(42, 1_700_000_000),
+        parent: None,
     };
     block_on(async {
         let mut writer = format.create(request).await?;

@@ -5,3 +5,4 @@
 pub mod format;
 pub mod peers;
 pub mod storage;
+pub mod writing;

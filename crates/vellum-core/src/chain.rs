@@ -6,7 +6,8 @@
 
 use crate::{
     Access, Asker, BoxFuture, Buf, Code, Confidence, Disk, DiskOptions, Error, Events, Format, Identity,
-    Layer, Limits, Location, OpenRequest, Opened, ParentRef, Resolver, Result, Sample, Storage, Uuid,
+    Layer, Limits, Location, OpenRequest, Opened, ParentRef, Providers, Resolver, Result, Sample, Storage,
+    Uuid,
 };
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -97,8 +98,28 @@ pub struct ChainOptions {
     pub limits: Limits,
     /// Where warnings go.
     pub events: Events,
+    /// Whether the top image is opened for writing. Parents never are.
+    pub write: WriteAccess,
+    /// Write although the image is marked dirty or corrupt.
+    pub skip_consistency_checks: bool,
+    /// Open the state of an internal snapshot (id or name) of the top image.
+    pub snapshot: Option<String>,
+    /// Time and randomness for identities that change with writing; the machine's own if `None`.
+    pub providers: Option<Providers>,
     /// Options of the disk.
     pub disk: DiskOptions,
+}
+
+/// Whether an image is opened for writing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WriteAccess {
+    /// For reading.
+    #[default]
+    No,
+    /// For writing, or not at all.
+    Yes,
+    /// For writing if that is possible, else for reading, with a warning that says why.
+    IfPossible,
 }
 
 /// An image that was opened, and how it was recognised.
@@ -115,6 +136,7 @@ pub struct OpenedImage {
 
 impl FormatRegistry {
     /// Opens one image, without its parents.
+    #[allow(clippy::too_many_arguments)]
     pub async fn open_image(
         &self,
         resolver: &Arc<dyn Resolver>,
@@ -122,6 +144,8 @@ impl FormatRegistry {
         format: Option<&str>,
         options: &ChainOptions,
         open_parts: bool,
+        write: bool,
+        snapshot: Option<&str>,
     ) -> Result<OpenedImage> {
         let Opened { storage, location } = opened;
         let probe = match format {
@@ -135,6 +159,14 @@ impl FormatRegistry {
             limits: options.limits,
             events: options.events.clone(),
             open_parts,
+            write,
+            skip_consistency_checks: options.skip_consistency_checks,
+            snapshot: snapshot.map(str::to_owned),
+            providers: match (&options.providers, write) {
+                (Some(providers), _) => providers.clone(),
+                (None, true) => Providers::system()?,
+                (None, false) => Providers::seeded(0, 0),
+            },
         };
         let name = probe.format.name();
         let image =
@@ -152,9 +184,7 @@ impl FormatRegistry {
         name: &str,
         options: &ChainOptions,
     ) -> Result<(Disk, Vec<OpenedImage>)> {
-        let opened = resolver.open(name, &Asker::User, Access::default()).await?;
-        let mut images =
-            vec![self.open_image(resolver, opened, options.format.as_deref(), options, true).await?];
+        let mut images = vec![self.open_top(resolver, name, options).await?];
         let mut neighbours = Neighbours::new();
         while let Some(parent) = images.last().and_then(|child| child.layer.image.info().parent.clone()) {
             if images.len() >= options.limits.chain_depth {
@@ -170,6 +200,31 @@ impl FormatRegistry {
         }
         let layers = images.iter().map(|image| image.layer.clone()).collect();
         Ok((Disk::new(layers, options.disk.clone())?, images))
+    }
+
+    async fn open_top(
+        &self,
+        resolver: &Arc<dyn Resolver>,
+        name: &str,
+        options: &ChainOptions,
+    ) -> Result<OpenedImage> {
+        let open = async |write: bool| {
+            let opened = resolver.open(name, &Asker::User, Access { write }).await?;
+            let (format, snapshot) = (options.format.as_deref(), options.snapshot.as_deref());
+            self.open_image(resolver, opened, format, options, true, write, snapshot).await
+        };
+        match options.write {
+            WriteAccess::No => open(false).await,
+            WriteAccess::Yes => open(true).await,
+            WriteAccess::IfPossible => match open(true).await {
+                Ok(image) => Ok(image),
+                Err(error) => {
+                    let image = open(false).await?;
+                    options.events.warn(&format!("{name}: opened for reading only: {error}"));
+                    Ok(image)
+                }
+            },
+        }
     }
 
     /// Finds and opens the parent of the last of `images`.
@@ -261,7 +316,7 @@ impl Search<'_> {
         }
         let found = self
             .formats
-            .open_image(self.resolver, opened, format, self.options, true)
+            .open_image(self.resolver, opened, format, self.options, true, false, None)
             .await
             .map_err(|e| e.context(format!("opening the parent of {}", self.child.location)))?;
         let probed = format.is_none() && !found.raw_by_default;
@@ -302,7 +357,8 @@ impl Search<'_> {
                     continue;
                 }
             }
-            let found = self.formats.open_image(self.resolver, opened, None, self.options, true).await?;
+            let found =
+                self.formats.open_image(self.resolver, opened, None, self.options, true, false, None).await?;
             return Ok(Some(found));
         }
         Ok(None)
@@ -314,7 +370,11 @@ impl Search<'_> {
         if probe.by_default {
             return None;
         }
-        let found = self.formats.open_image(self.resolver, opened, None, self.options, false).await.ok()?;
+        let found = self
+            .formats
+            .open_image(self.resolver, opened, None, self.options, false, false, None)
+            .await
+            .ok()?;
         found.layer.image.info().identity.uuid
     }
 
@@ -401,6 +461,7 @@ impl FormatRegistry {
         options: &ChainOptions,
     ) -> Result<OpenedImage> {
         let opened = resolver.open(name, &Asker::User, Access::default()).await?;
-        self.open_image(resolver, opened, options.format.as_deref(), options, false).await
+        let (format, snapshot) = (options.format.as_deref(), options.snapshot.as_deref());
+        self.open_image(resolver, opened, format, options, false, false, snapshot).await
     }
 }

@@ -3,6 +3,7 @@
 //! A read goes: split the range at extents (`lookup`), join raw neighbours, read them into the caller's buffer
 //! through its window; gather compressed neighbours into one read and decode them on the CPU pool (or here).
 
+use crate::disk_write::{OpenFlags, Writing};
 use crate::image::lookup;
 use crate::storage::{past_end, read_only};
 use crate::{
@@ -29,18 +30,22 @@ pub struct Layer {
 pub struct DiskOptions {
     /// Where blocks are decoded; `None` decodes on the thread that reads.
     pub spawner: Option<Arc<dyn Spawner>>,
+    /// How the disk is used, if it is opened for writing.
+    pub flags: OpenFlags,
 }
 
 /// An ordered chain of images: the device that a guest sees. Cheap to clone.
 #[derive(Clone)]
-pub struct Disk(Arc<Inner>);
+pub struct Disk(pub(crate) Arc<Inner>);
 
-struct Inner {
+pub(crate) struct Inner {
     layers: Vec<Layer>,
     size: u64,
-    name: String,
+    pub(crate) name: String,
     options: DiskOptions,
-    pool: BufPool,
+    pub(crate) pool: BufPool,
+    /// There if the top image was opened for writing.
+    pub(crate) writing: Option<Writing>,
     decoded: Mutex<VecDeque<(BlockKey, Arc<[u8]>)>>,
 }
 
@@ -102,7 +107,8 @@ impl Disk {
         };
         let (size, name) = (top.image.info().virtual_size, top.location.0.clone());
         let (pool, decoded) = (BufPool::new(16 << 20), Mutex::default());
-        Ok(Disk(Arc::new(Inner { layers, size, name, options, pool, decoded })))
+        let writing = top.image.writable().is_some().then(|| Writing::new(options.flags));
+        Ok(Disk(Arc::new(Inner { layers, size, name, options, pool, writing, decoded })))
     }
 
     /// The images, the top one first.
@@ -202,8 +208,16 @@ impl Disk {
         Ok(at)
     }
 
-    /// Reads at once if metadata and data are cached: no waiting, no allocation.
+    /// Reads at once if metadata and data are cached and no writer is in the way: no waiting, no allocation.
     pub fn try_read(&self, buf: &mut [u8], offset: u64) -> Option<Result<()>> {
+        let _guard = match &self.0.writing {
+            Some(writing) => Some(writing.try_shared(offset..offset.saturating_add(buf.len() as u64))?),
+            None => None,
+        };
+        self.try_read_unlocked(buf, offset)
+    }
+
+    fn try_read_unlocked(&self, buf: &mut [u8], offset: u64) -> Option<Result<()>> {
         let mut done = 0usize;
         while done < buf.len() {
             let start = offset.checked_add(done as u64)?;
@@ -267,6 +281,16 @@ impl Disk {
         if let Some(result) = self.try_read(&mut buf, offset) {
             return (buf, result);
         }
+        // A reader keeps the place that it found from being given to someone else.
+        let _guard = match &self.0.writing {
+            Some(writing) => Some(writing.shared(offset..offset + buf.len() as u64).await),
+            None => None,
+        };
+        self.read_unlocked(buf, offset).await
+    }
+
+    /// [`Disk::read`] for those who hold the range.
+    pub(crate) async fn read_unlocked(&self, buf: Buf, offset: u64) -> WithBuf {
         let pieces = match self.pieces(offset..offset + buf.len() as u64, usize::MAX).await {
             Ok(pieces) => pieces,
             Err(error) => return (buf, Err(error)),
@@ -456,26 +480,31 @@ impl Storage for Disk {
         Ok(self.size())
     }
     fn limits(&self) -> StorageLimits {
-        StorageLimits { read_only: true, resizable: false, knows_holes: true, ..StorageLimits::default() }
+        StorageLimits {
+            read_only: !self.is_writable(),
+            resizable: false,
+            knows_holes: true,
+            ..StorageLimits::default()
+        }
     }
     fn read_at(&self, mut buf: Buf, offset: u64) -> Completion<WithBuf> {
         if let Some(result) = self.try_read(&mut buf, offset) {
             return Completion::ready((buf, result));
         }
         let disk = self.clone();
-        Completion::from_future(async move { disk.read(buf, offset).await })
+        Completion::started(async move { disk.read(buf, offset).await })
     }
-    fn write_at(&self, buf: Buf, _offset: u64, _flags: WriteFlags) -> Completion<WithBuf> {
-        Completion::ready((buf, Err(read_only(&self.0.name))))
+    fn write_at(&self, buf: Buf, offset: u64, flags: WriteFlags) -> Completion<WithBuf> {
+        self.write(buf, offset, flags)
     }
     fn flush(&self) -> Completion<Result<()>> {
-        Completion::ready(Ok(()))
+        self.flush_all()
     }
-    fn zero(&self, _range: Range<u64>, _mode: ZeroMode) -> Completion<Result<()>> {
-        Completion::ready(Err(read_only(&self.0.name)))
+    fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Completion<Result<()>> {
+        self.write_zeroes(range, mode)
     }
-    fn discard(&self, _range: Range<u64>) -> Completion<Result<()>> {
-        Completion::ready(Err(read_only(&self.0.name)))
+    fn discard(&self, range: Range<u64>) -> Completion<Result<()>> {
+        self.discard_range(range)
     }
     fn status(&self, range: Range<u64>) -> Completion<Result<crate::StatusList>> {
         let disk = self.clone();

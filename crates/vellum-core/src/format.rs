@@ -1,8 +1,8 @@
 //! [`Format`]: what a driver of one format offers. Drivers are registered in a table; there are no globals.
 
 use crate::{
-    BoxFuture, Chs, Code, Error, Events, Image, ImageWriter, Limits, Location, Output, Resolver, Result,
-    Storage, Uuid,
+    BoxFuture, CheckReport, CheckRequest, Chs, Code, Error, Events, Identity, Image, ImageWriter, Limits,
+    Location, Output, Resolver, Result, Storage, Uuid,
 };
 use std::sync::Arc;
 
@@ -20,12 +20,19 @@ pub trait Format: Send + Sync + 'static {
     fn extensions(&self) -> &'static [&'static str];
     /// Whether the sample looks like this format. Pure.
     fn probe(&self, sample: &Sample<'_>) -> Confidence;
-    /// Opens an image for reading. Changes no byte of anything.
+    /// Opens an image. Changes no byte of anything, not even for writing: that begins with
+    /// [`crate::WritableImage::begin`].
     fn open(&self, request: OpenRequest) -> BoxFuture<'static, Result<Arc<dyn Image>>>;
     /// The options that `create` takes.
     fn create_options(&self) -> &'static [OptionSpec];
     /// Begins a new image; the writer is fed in ascending order.
     fn create(&self, request: CreateRequest) -> BoxFuture<'static, Result<Box<dyn ImageWriter>>>;
+    /// Looks for what is wrong, and plans what would mend it. Changes nothing. Fails only where nothing can be said.
+    fn check(&self, request: CheckRequest) -> BoxFuture<'static, Result<CheckReport>> {
+        let error = Error::new(Code::Feature, format!("{} images have nothing to check", self.name()))
+            .image(request.location);
+        Box::pin(async move { Err(error) })
+    }
 }
 
 /// How sure a probe is.
@@ -71,6 +78,15 @@ pub struct OpenRequest {
     /// Open what other files the image consists of. `false` for `info`: such files are listed, not touched,
     /// and reading guest data from the image may fail.
     pub open_parts: bool,
+    /// Open for writing: [`crate::Image::writable`] is there, or opening fails and says why it cannot be. The storage
+    /// is writable then; parts are to be opened for writing, too.
+    pub write: bool,
+    /// Do not refuse to write because of marks that say "check me first" (dirty, corrupt).
+    pub skip_consistency_checks: bool,
+    /// Open the state of an internal snapshot (id or name), for reading only.
+    pub snapshot: Option<String>,
+    /// Time and randomness, for identities that change when the image is written.
+    pub providers: Providers,
 }
 
 /// What a driver needs to create an image.
@@ -89,6 +105,25 @@ pub struct CreateRequest {
     pub level: Option<i32>,
     /// Time and randomness.
     pub providers: Providers,
+    /// Make a child of this image: what is not written shows the parent.
+    pub parent: Option<ParentLink>,
+}
+
+/// The parent of a new image, as the child is to name it.
+#[derive(Clone, Debug)]
+pub struct ParentLink {
+    /// Its place as the child writes it: relative to the child, or absolute.
+    pub place: String,
+    /// Its absolute place.
+    pub absolute: String,
+    /// Its format.
+    pub format: &'static str,
+    /// Its size in bytes.
+    pub virtual_size: u64,
+    /// How a child recognises it.
+    pub identity: Identity,
+    /// Time of its last change, in seconds since 1970, if known.
+    pub modified_unix: Option<u64>,
 }
 
 /// What formats keep of a disk besides its content; carried along by convert.
@@ -117,6 +152,18 @@ impl Providers {
     pub fn seeded(seed: u128, unix_time: u64) -> Self {
         let state = [(seed >> 64) as u64 ^ 0x9e37_79b9_7f4a_7c15, seed as u64 | 1];
         Providers { unix_time, state: Arc::new(parking_lot::Mutex::new(state)) }
+    }
+
+    /// Providers from the clock and the machine's randomness.
+    ///
+    /// # Errors
+    /// `IO` if the machine has no randomness to give.
+    pub fn system() -> Result<Self> {
+        let mut seed = [0u8; 16];
+        getrandom::fill(&mut seed)
+            .map_err(|e| Error::new(Code::Io, "the machine gives no random numbers").found(e))?;
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Ok(Providers::seeded(u128::from_le_bytes(seed), now.map_or(0, |now| now.as_secs())))
     }
 
     /// 64 bits of identity (not of secrecy): xoroshiro128+ over the seed.

@@ -22,6 +22,14 @@ pub trait Image: Send + Sync + 'static {
     fn map(&self, range: Range<u64>) -> Result<Lookup>;
     /// Brings in the metadata that `map(range)` missed.
     fn load(&self, range: Range<u64>) -> BoxFuture<'_, Result<()>>;
+    /// The write side, if the image was opened for writing.
+    fn writable(&self) -> Option<&dyn crate::WritableImage> {
+        None
+    }
+    /// The internal snapshots, if the format has such.
+    fn snapshots(&self) -> Option<&dyn crate::Snapshots> {
+        None
+    }
 }
 
 /// The answer of [`Image::map`].

@@ -69,6 +69,14 @@ pub trait Resolver: Send + Sync + 'static {
     fn beside(&self, location: &Location, file_name: &str) -> Location;
     /// The last component of a location.
     fn file_name(&self, location: &Location) -> String;
+    /// The name by which an image at `from` (which need not be there yet) can refer to `to` in its own directory or
+    /// below it; `None` if `to` is elsewhere.
+    fn relative(&self, from: &Location, to: &Location) -> Option<String> {
+        let directory = from.0.rfind('/').map_or("", |slash| from.0.get(..=slash).unwrap_or(""));
+        let name = to.0.strip_prefix(directory)?;
+        let is_below = !name.is_empty() && !name.starts_with('/');
+        is_below.then(|| name.to_owned())
+    }
 }
 
 /// A storage and the location it was found at.

@@ -7,16 +7,17 @@
 use crate::journal::{self, Journal, Progressed};
 use crate::pipeline::{Pipeline, Placed, Plan};
 use crate::scan::{Scan, chunk_bytes};
+use crate::seed::Seed;
+use crate::stamp::SourceStamp;
 use crate::{CompareRequest, Progress, Vellum, target};
 use parking_lot::{Condvar, Mutex};
-use sha2::{Digest, Sha256};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use vellum_core::storage::read_vec;
 use vellum_core::{
     Buf, ChainOptions, Code, CopyMode, CreateRequest, Disk, DiskTraits, Error, Format, ImageWriter, Location,
     Offloaded, OpenedImage, OptionValues, Output, OutputMode, Payload, Piece, PieceKind, Place, Preallocate,
-    Providers, Result, Storage, block_on, write_all,
+    Result, Storage, block_on, write_all,
 };
 
 /// What to convert into what.
@@ -242,7 +243,8 @@ impl Job<'_> {
             traits: self.traits(),
             compress: self.request.compress,
             level: self.request.level,
-            providers: Providers::seeded(seed.seed, seed.unix_time),
+            providers: seed.providers(),
+            parent: None,
         };
         if self.mode == OutputMode::Device {
             target::wipe(self.vellum.resolver.as_ref(), output.location())?;
@@ -450,82 +452,6 @@ fn check_same_job(location: &Location, old: &str, new: &str) -> Result<()> {
         .found(found)
         .allowed(allowed)
         .hint("start over without --resume, or repeat the command exactly as it was"))
-}
-
-/// Seed and time of a job's providers.
-struct Seed {
-    seed: u128,
-    unix_time: u64,
-}
-
-impl Seed {
-    fn random() -> Result<Self> {
-        let mut seed = [0u8; 16];
-        getrandom::fill(&mut seed)
-            .map_err(|e| Error::new(Code::Io, format!("the system gives no random numbers: {e}")))?;
-        let unix_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        Ok(Seed { seed: u128::from_le_bytes(seed), unix_time })
-    }
-
-    /// Depends on format, size, options and how the disk begins. The time is 2000-01-01, the zero of VHD's clock.
-    fn reproducible(format: &str, size: u64, options: &OptionValues, beginning: &[u8]) -> Self {
-        let mut hasher = Sha256::new();
-        hasher.update(format!("vellum {format} {size} {:?}", options.list()));
-        hasher.update(beginning);
-        let hash = hasher.finalize();
-        let mut seed = [0u8; 16];
-        seed.copy_from_slice(&hash[..16]);
-        Seed { seed: u128::from_le_bytes(seed), unix_time: 946_684_800 }
-    }
-}
-
-/// New providers for jobs outside this module.
-pub(crate) fn providers(
-    reproducible: bool,
-    format: &str,
-    size: u64,
-    options: &OptionValues,
-) -> Result<Providers> {
-    let seed = if reproducible { Seed::reproducible(format, size, options, &[]) } else { Seed::random()? };
-    Ok(Providers::seeded(seed.seed, seed.unix_time))
-}
-
-/// Identity, size and time of the files of the source: they must not change while they are read.
-struct SourceStamp(Vec<Vec<Stamp>>);
-
-#[derive(Debug, PartialEq, Eq)]
-struct Stamp {
-    id: Option<vellum_core::StorageId>,
-    len: Option<u64>,
-    modified_ns: Option<u128>,
-}
-
-impl SourceStamp {
-    fn take(images: &[OpenedImage]) -> Self {
-        let stamp = |storage: &dyn Storage| Stamp {
-            id: storage.id(),
-            len: storage.len().ok(),
-            modified_ns: storage.modified_ns(),
-        };
-        let of_image = |image: &OpenedImage| {
-            let parts = image.layer.image.storages().iter().map(|s| stamp(s.as_ref()));
-            std::iter::once(stamp(image.storage.as_ref())).chain(parts).collect()
-        };
-        SourceStamp(images.iter().map(of_image).collect())
-    }
-
-    fn check(&self, images: &[OpenedImage]) -> Result<()> {
-        let now = SourceStamp::take(images);
-        match self.0.iter().zip(&now.0).position(|(a, b)| a != b) {
-            None => Ok(()),
-            Some(index) => {
-                let name = images.get(index).map_or("", |image| image.layer.location.0.as_str());
-                Err(Error::new(Code::SourceChanged, "the source was changed while it was read")
-                    .image(name)
-                    .hint("stop whatever writes to it, then convert again without --resume"))
-            }
-        }
-    }
 }
 
 /// Keeps the job file while the pipeline runs.

@@ -44,6 +44,7 @@ impl Vellum {
             compress: false,
             level: None,
             providers,
+            parent: None,
         };
         let made = block_on(async { format.create(create).await?.finish().await })
             .and_then(|()| target::check_siblings(self.resolver.as_ref(), &output, request.force, &[]))

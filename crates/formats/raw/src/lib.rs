@@ -32,6 +32,7 @@
 
 mod create;
 mod map;
+mod write;
 
 use map::RawImage;
 use std::sync::Arc;

@@ -1,17 +1,23 @@
 //! An open raw image: guest offset = file offset.
 
+use crate::write::check_writable;
 use std::ops::Range;
 use std::sync::Arc;
 use vellum_core::storage::past_end;
-use vellum_core::{BoxFuture, Extent, Image, ImageInfo, Lookup, OpenRequest, Result, Storage, bytes};
+use vellum_core::{
+    BoxFuture, Committer, Extent, Image, ImageInfo, Lookup, OpenRequest, Result, Storage, WritableImage,
+    bytes,
+};
 
 /// The name that users type.
 pub(crate) const FORMAT: &str = "raw";
 
 /// An open raw image.
 pub(crate) struct RawImage {
-    info: ImageInfo,
-    storages: [Arc<dyn Storage>; 1],
+    pub(crate) info: ImageInfo,
+    pub(crate) storages: [Arc<dyn Storage>; 1],
+    pub(crate) committer: Committer,
+    write: bool,
 }
 
 impl RawImage {
@@ -34,7 +40,9 @@ impl RawImage {
             request.events.warn(&warning);
             info.warnings.push(warning);
         }
-        Ok(RawImage { info, storages: [request.storage] })
+        let committer =
+            if request.write { check_writable(request.storage.as_ref())? } else { Committer::default() };
+        Ok(RawImage { info, storages: [request.storage], committer, write: request.write })
     }
 }
 
@@ -55,5 +63,8 @@ impl Image for RawImage {
     }
     fn load(&self, _range: Range<u64>) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })
+    }
+    fn writable(&self) -> Option<&dyn WritableImage> {
+        self.write.then_some(self)
     }
 }

@@ -343,6 +343,10 @@ fn a_disk_with_the_largest_directory_is_opened_and_read_with_little_io() {
         limits: Default::default(),
         events: vellum_core::Events::new(|_| {}),
         open_parts: true,
+        write: false,
+        skip_consistency_checks: false,
+        snapshot: None,
+        providers: vellum_core::Providers::seeded(0, 0),
     };
     let image = vellum_core::block_on(vellum_format_vmdk::Vmdk.open(request)).unwrap();
     let size = image.info().virtual_size;

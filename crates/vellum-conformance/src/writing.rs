@@ -1,0 +1,370 @@
+//! The suite that every format passes that can be written in place: whatever is done to the disk, it reads as the
+//! byte-array model says, at once and after reopening; a guest flush costs few file flushes and a write none.
+
+use crate::format::{Recipe, pattern};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use vellum_core::{
+    Access, Asker, Buf, ChainOptions, Completion, CreateRequest, Disk, Format, FormatRegistry, Identity,
+    Location, OpenFlags, Opened, OptionValues, Output, OutputMode, ParentLink, Preallocate, Providers,
+    Resolver, Result, StatusList, Storage, StorageId, StorageLimits, WithBuf, WriteAccess, WriteFlags,
+    ZeroMode, block_on,
+};
+use vellum_sim::MemoryFiles;
+
+/// What is done to a disk. Offsets and lengths in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Writes patterned data that differs from write to write.
+    Write(u64, usize),
+    /// Writes a buffer of zeros.
+    WriteZeros(u64, usize),
+    /// Asks for zeros without sending them.
+    Zero(u64, u64),
+    /// Gives a range up.
+    Discard(u64, u64),
+    /// Flushes.
+    Flush,
+    /// Closes and opens again.
+    Reopen,
+}
+
+/// A disk under test, beside the model of its content.
+pub struct Bench {
+    registry: FormatRegistry,
+    files: Arc<MemoryFiles>,
+    path: String,
+    flags: OpenFlags,
+    counts: Arc<Counts>,
+    disk: Disk,
+    /// The content as it should be.
+    pub model: Vec<u8>,
+    writes: u64,
+}
+
+/// File operations of the top image.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Flushes.
+    pub flushes: AtomicU64,
+    /// Writes.
+    pub writes: AtomicU64,
+}
+
+impl Bench {
+    /// A disk of `size` bytes at `path`; with a parent, the child of the image at that path, whose content is given.
+    pub fn new(
+        formats: Vec<Arc<dyn Format>>,
+        format: &Arc<dyn Format>,
+        files: &Arc<MemoryFiles>,
+        path: &str,
+        recipe: &Recipe,
+        size: u64,
+        parent: Option<(&str, &[u8])>,
+        flags: OpenFlags,
+    ) -> Result<Self> {
+        let registry = FormatRegistry::new(formats);
+        let mut model = vec![0u8; size as usize];
+        let link = match parent {
+            None => None,
+            Some((parent, content)) => {
+                let len = content.len().min(model.len());
+                model[..len].copy_from_slice(&content[..len]);
+                Some(link(&registry, files, parent)?)
+            }
+        };
+        create(format, files, path, recipe, size, link)?;
+        let counts = Arc::new(Counts::default());
+        let disk = open(&registry, files, path, flags, &counts)?;
+        let path = path.to_owned();
+        Ok(Bench { registry, files: files.clone(), path, flags, counts, disk, model, writes: 0 })
+    }
+
+    /// The open disk.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// Does `op` to the disk and to the model.
+    ///
+    /// # Panics
+    /// If the disk refuses.
+    pub fn apply(&mut self, op: &Op) {
+        let clip = |offset: u64, len: u64| {
+            let start = offset.min(self.model.len() as u64);
+            start as usize..(start + len).min(self.model.len() as u64) as usize
+        };
+        match *op {
+            Op::Write(offset, len) => {
+                let range = clip(offset, len as u64);
+                self.writes += 1;
+                let data = pattern(offset + self.writes * 7_777_777, range.len());
+                self.write(range, &data);
+            }
+            Op::WriteZeros(offset, len) => {
+                let range = clip(offset, len as u64);
+                let zeros = vec![0u8; range.len()];
+                self.write(range, &zeros);
+            }
+            Op::Zero(offset, len) => {
+                let range = clip(offset, len);
+                let guest = range.start as u64..range.end as u64;
+                self.disk.write_zeroes(guest, ZeroMode::MayUnmap).wait().unwrap();
+                self.model[range].fill(0);
+            }
+            Op::Discard(offset, len) => {
+                let range = clip(offset, len);
+                let guest = range.start as u64..range.end as u64;
+                self.disk.discard_range(guest).wait().unwrap();
+                self.adopt(range);
+            }
+            Op::Flush => self.flush(),
+            Op::Reopen => self.reopen(),
+        }
+    }
+
+    fn write(&mut self, range: std::ops::Range<usize>, data: &[u8]) {
+        let flushes = self.counts.flushes.load(Ordering::Relaxed);
+        let first = self.counts.writes.load(Ordering::Relaxed) == 0;
+        let (_, result) =
+            self.disk.write(Buf::copy_of(data), range.start as u64, WriteFlags::default()).wait();
+        result.unwrap();
+        if !first {
+            let more = self.counts.flushes.load(Ordering::Relaxed) - flushes;
+            assert!(more <= 4, "a write cost {more} file flushes");
+        }
+        self.model[range].copy_from_slice(data);
+    }
+
+    /// After a discard every sector is as before or zeros; which, is the disk's choice, and stays.
+    fn adopt(&mut self, range: std::ops::Range<usize>) {
+        let (buf, result) = self.disk.read_at(Buf::zeroed(range.len()), range.start as u64).wait();
+        result.unwrap();
+        for (new, old) in buf.chunks(512).zip(self.model[range].chunks_mut(512)) {
+            assert!(new == old || new.iter().all(|b| *b == 0), "a discard made foreign data appear");
+            old.copy_from_slice(new);
+        }
+    }
+
+    /// Flushes; returns what that cost.
+    pub fn flush(&mut self) {
+        self.disk.flush_all().wait().unwrap();
+    }
+
+    /// File flushes of the top image so far.
+    pub fn flushes(&self) -> u64 {
+        self.counts.flushes.load(Ordering::Relaxed)
+    }
+
+    /// Closes the disk and opens it again for writing.
+    pub fn reopen(&mut self) {
+        self.disk.close().wait().unwrap();
+        self.disk = open(&self.registry, &self.files, &self.path, self.flags, &self.counts).unwrap();
+    }
+
+    /// Compares the whole disk with the model, as it is and as a second opening for reading sees it after a close.
+    pub fn verify(&self) {
+        self.compare(&self.disk, "the open disk");
+    }
+
+    /// Closes, and compares what is in the file with the model.
+    pub fn close_and_verify(self) -> Arc<MemoryFiles> {
+        self.verify();
+        self.disk.close().wait().unwrap();
+        let resolver: Arc<dyn Resolver> = self.files.clone();
+        let options = options(OpenFlags::default(), false);
+        let (disk, _) = block_on(self.registry.open_chain(&resolver, &self.path, &options)).unwrap();
+        self.compare(&disk, "the closed image");
+        self.files
+    }
+
+    fn compare(&self, disk: &Disk, what: &str) {
+        let (buf, result) = disk.read_at(Buf::zeroed(self.model.len()), 0).wait();
+        result.unwrap();
+        if buf[..] != self.model[..] {
+            let at = buf.iter().zip(&self.model).position(|(a, b)| a != b).unwrap();
+            panic!(
+                "{what} differs from the model at {at:#x}: {:#04x} instead of {:#04x}",
+                buf[at], self.model[at]
+            );
+        }
+    }
+}
+
+/// `count` random operations on a disk of `size` bytes whose block is `block`: aligned and not, inside blocks and across.
+pub fn random_ops(seed: u64, count: usize, size: u64, block: u64) -> Vec<Op> {
+    let random = Providers::seeded(u128::from(seed) << 64 | 0x5eed, 0);
+    let below = |limit: u64| random.random_u64() % limit.max(1);
+    (0..count)
+        .map(|_| {
+            let unit = [512, block.max(512), 4096][below(3) as usize];
+            let offset = below(size) / unit * unit;
+            let len = match below(4) {
+                0 => 512,
+                1 => block.max(512),
+                2 => (1 + below(3 * block.max(512) / 512)) * 512,
+                _ => (1 + below(16)) * 512,
+            };
+            match below(20) {
+                0..=8 => Op::Write(offset, len as usize),
+                9..=10 => Op::WriteZeros(offset, len as usize),
+                11..=12 => Op::Zero(offset, len),
+                13..=15 => Op::Discard(offset, len),
+                16..=18 => Op::Flush,
+                _ => Op::Reopen,
+            }
+        })
+        .collect()
+}
+
+/// Makes an empty image.
+pub fn create(
+    format: &Arc<dyn Format>,
+    files: &Arc<MemoryFiles>,
+    path: &str,
+    recipe: &Recipe,
+    size: u64,
+    parent: Option<ParentLink>,
+) -> Result<()> {
+    let resolver: Arc<dyn Resolver> = files.clone();
+    let output = Output::new(resolver, Location(path.to_owned()), OutputMode::Fresh);
+    let given = recipe.options.iter().map(|(n, v)| ((*n).to_owned(), v.clone()));
+    let request = CreateRequest {
+        output: output.clone(),
+        virtual_size: size,
+        options: OptionValues::check(format.name(), format.create_options(), given)?,
+        traits: recipe.traits.clone(),
+        compress: false,
+        level: None,
+        providers: Providers::seeded(43, 1_700_000_000),
+        parent,
+    };
+    block_on(async {
+        format.create(request).await?.finish().await?;
+        output.put_in_place().await
+    })
+}
+
+/// How a child names the image at `path`.
+pub fn link(registry: &FormatRegistry, files: &Arc<MemoryFiles>, path: &str) -> Result<ParentLink> {
+    let resolver: Arc<dyn Resolver> = files.clone();
+    let image = block_on(registry.open_alone(&resolver, path, &ChainOptions::default()))?;
+    let info = image.layer.image.info();
+    Ok(ParentLink {
+        place: path.rsplit('/').next().unwrap_or(path).to_owned(),
+        absolute: path.to_owned(),
+        format: info.format,
+        virtual_size: info.virtual_size,
+        identity: Identity { ..info.identity },
+        modified_unix: Some(1_700_000_000),
+    })
+}
+
+fn options(flags: OpenFlags, write: bool) -> ChainOptions {
+    let mut options = ChainOptions {
+        write: if write { WriteAccess::Yes } else { WriteAccess::No },
+        providers: Some(Providers::seeded(44, 1_700_000_100)),
+        ..ChainOptions::default()
+    };
+    options.disk.flags = flags;
+    options
+}
+
+fn open(
+    registry: &FormatRegistry,
+    files: &Arc<MemoryFiles>,
+    path: &str,
+    flags: OpenFlags,
+    counts: &Arc<Counts>,
+) -> Result<Disk> {
+    let resolver: Arc<dyn Resolver> = Arc::new(Counting { files: files.clone(), counts: counts.clone() });
+    let (disk, _) = block_on(registry.open_chain(&resolver, path, &options(flags, true)))?;
+    Ok(disk)
+}
+
+/// Files whose operations are counted.
+struct Counting {
+    files: Arc<MemoryFiles>,
+    counts: Arc<Counts>,
+}
+
+impl Resolver for Counting {
+    fn open(&self, name: &str, asker: &Asker, access: Access) -> Completion<Result<Opened>> {
+        let opened = self.files.open(name, asker, access).wait();
+        let counts = self.counts.clone();
+        Completion::ready(opened.map(|Opened { storage, location }| Opened {
+            storage: Arc::new(CountingFile { storage, counts }),
+            location,
+        }))
+    }
+    fn create(&self, location: &Location, replace: bool) -> Completion<Result<Arc<dyn Storage>>> {
+        self.files.create(location, replace)
+    }
+    fn rename(&self, from: &Location, to: &Location) -> Completion<Result<()>> {
+        self.files.rename(from, to)
+    }
+    fn delete(&self, location: &Location) -> Completion<Result<()>> {
+        self.files.delete(location)
+    }
+    fn exists(&self, location: &Location) -> Completion<Result<bool>> {
+        self.files.exists(location)
+    }
+    fn sync_directory(&self, location: &Location) -> Completion<Result<()>> {
+        self.files.sync_directory(location)
+    }
+    fn siblings(&self, location: &Location) -> Completion<Result<Vec<Location>>> {
+        self.files.siblings(location)
+    }
+    fn beside(&self, location: &Location, file_name: &str) -> Location {
+        self.files.beside(location, file_name)
+    }
+    fn file_name(&self, location: &Location) -> String {
+        self.files.file_name(location)
+    }
+}
+
+struct CountingFile {
+    storage: Arc<dyn Storage>,
+    counts: Arc<Counts>,
+}
+
+impl Storage for CountingFile {
+    fn name(&self) -> &str {
+        self.storage.name()
+    }
+    fn len(&self) -> Result<u64> {
+        self.storage.len()
+    }
+    fn limits(&self) -> StorageLimits {
+        self.storage.limits()
+    }
+    fn read_at(&self, buf: Buf, offset: u64) -> Completion<WithBuf> {
+        self.storage.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: Buf, offset: u64, flags: WriteFlags) -> Completion<WithBuf> {
+        self.counts.writes.fetch_add(1, Ordering::Relaxed);
+        self.storage.write_at(buf, offset, flags)
+    }
+    fn flush(&self) -> Completion<Result<()>> {
+        self.counts.flushes.fetch_add(1, Ordering::Relaxed);
+        self.storage.flush()
+    }
+    fn zero(&self, range: std::ops::Range<u64>, mode: ZeroMode) -> Completion<Result<()>> {
+        self.storage.zero(range, mode)
+    }
+    fn discard(&self, range: std::ops::Range<u64>) -> Completion<Result<()>> {
+        self.storage.discard(range)
+    }
+    fn status(&self, range: std::ops::Range<u64>) -> Completion<Result<StatusList>> {
+        self.storage.status(range)
+    }
+    fn set_len(&self, len: u64, preallocate: Preallocate) -> Completion<Result<()>> {
+        self.storage.set_len(len, preallocate)
+    }
+    fn id(&self) -> Option<StorageId> {
+        self.storage.id()
+    }
+    fn as_any(&self) -> &dyn std::any::Any {
+        self.storage.as_any()
+    }
+}
