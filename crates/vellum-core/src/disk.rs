@@ -3,7 +3,7 @@
 //! A read goes: split the range at extents (`lookup`), join raw neighbours, read them into the caller's buffer
 //! through its window; gather compressed neighbours into one read and decode them on the CPU pool (or here).
 
-use crate::disk_write::{OpenFlags, Writing};
+use crate::disk_state::{OpenFlags, Writing};
 use crate::image::lookup;
 use crate::storage::{past_end, read_only};
 use crate::{

@@ -11,129 +11,17 @@
 
 use crate::commit::poisoned;
 use crate::disk::Inner;
+use crate::disk_state::{OpenFlags, Writing};
+use crate::disk_zero::zero_range;
 use crate::storage::{past_end, read_only};
 use crate::{
-    Buf, Code, Completion, Discarded, Disk, Error, Extent, Hold, Intent, PieceKind, Placement, RangeGuard,
-    RangeLocks, Result, Storage, WithBuf, WritableImage, WriteFlags, ZeroMode, bytes,
+    Buf, Code, Completion, Discarded, Disk, Error, Extent, Hold, Intent, PieceKind, Placement, Result,
+    Storage, WithBuf, WritableImage, WriteFlags, ZeroMode, bytes,
 };
-use parking_lot::Mutex;
-use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-/// How a disk is used; the seed's open flags. Can be changed while the disk is open ([`Disk::set_flags`]).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct OpenFlags {
-    /// Nothing may be changed, though the image was opened for writing.
-    pub read_only: bool,
-    /// Allocate blocks for zeros that a guest writes, where nothing was; else nothing is stored for them.
-    pub honor_zeroes: bool,
-    /// Allocate blocks in a child for data that its parent holds already; else nothing is stored for it.
-    pub honor_same: bool,
-    /// Hand every whole block of zeros to the format, which may have a mark for it, even where data lies.
-    pub inform_zeroes: bool,
-    /// Let discards reach the image; else they are accepted and change nothing.
-    pub discard: bool,
-    /// Answer flushes without carrying them out. **Data is lost at a power loss.**
-    pub ignore_flush: bool,
-}
-
-/// What a disk that can be written has besides its layers.
-pub(crate) struct Writing {
-    locks: RangeLocks,
-    flags: Mutex<OpenFlags>,
-    begun: async_lock::OnceCell<()>,
-    failed: Mutex<Option<String>>,
-    is_closed: AtomicBool,
-    discarded: Mutex<HashMap<u64, Vec<Range<u64>>>>,
-    has_discarded: AtomicBool,
-}
-
-/// Units of which discarded pieces are remembered at most.
-const DISCARDED_UNITS_MAX: usize = 1024;
-/// Data is moved (to fill holes) in at most so many steps for one flush.
-const MOVES_PER_FLUSH_MAX: usize = 64;
+use std::sync::atomic::Ordering;
 /// Zeros and moved data are written in pieces of this many bytes.
-const STEP_BYTES: u64 = 1 << 20;
-
-impl Writing {
-    pub(crate) fn new(flags: OpenFlags) -> Self {
-        Writing {
-            locks: RangeLocks::default(),
-            flags: Mutex::new(flags),
-            begun: async_lock::OnceCell::new(),
-            failed: Mutex::default(),
-            is_closed: AtomicBool::new(false),
-            discarded: Mutex::default(),
-            has_discarded: AtomicBool::new(false),
-        }
-    }
-
-    /// The lock of a reader, if no writer is in its way.
-    pub(crate) fn try_shared(&self, range: Range<u64>) -> Option<RangeGuard> {
-        self.locks.try_lock(range, Hold::Shared)
-    }
-
-    pub(crate) async fn shared(&self, range: Range<u64>) -> RangeGuard {
-        self.locks.lock(range, Hold::Shared).await
-    }
-
-    fn check(&self, name: &str) -> Result<()> {
-        if self.flags.lock().read_only {
-            return Err(read_only(name));
-        }
-        if self.is_closed.load(Ordering::Acquire) {
-            return Err(Error::new(Code::Usage, "the disk was closed").image(name));
-        }
-        match &*self.failed.lock() {
-            None => Ok(()),
-            Some(first) => Err(poisoned(first).image(name)),
-        }
-    }
-
-    /// Remembers the first failure; after it nothing more is written.
-    fn fail<T>(&self, result: Result<T>) -> Result<T> {
-        if let Err(error) = &result {
-            self.failed.lock().get_or_insert_with(|| error.to_string());
-        }
-        result
-    }
-
-    /// Something is written: what was remembered as discarded in these units is not any more.
-    fn forget_discarded(&self, hull: &Range<u64>) {
-        if self.has_discarded.load(Ordering::Acquire) {
-            let mut discarded = self.discarded.lock();
-            discarded.retain(|_, pieces| {
-                pieces.iter().all(|piece| piece.end <= hull.start || hull.end <= piece.start)
-            });
-            self.has_discarded.store(!discarded.is_empty(), Ordering::Release);
-        }
-    }
-
-    /// Adds a discarded piece of a unit; says whether all of the unit is discarded now.
-    fn add_discarded(&self, unit: &Range<u64>, piece: Range<u64>) -> bool {
-        let mut discarded = self.discarded.lock();
-        if discarded.len() >= DISCARDED_UNITS_MAX && !discarded.contains_key(&unit.start) {
-            discarded.clear(); // only ever costs space
-        }
-        let pieces = discarded.entry(unit.start).or_default();
-        pieces.push(piece);
-        pieces.sort_unstable_by_key(|piece| piece.start);
-        let mut reached = unit.start;
-        for piece in pieces.iter() {
-            if piece.start > reached {
-                break;
-            }
-            reached = reached.max(piece.end);
-        }
-        let whole = reached >= unit.end;
-        if whole {
-            discarded.remove(&unit.start);
-        }
-        self.has_discarded.store(!discarded.is_empty(), Ordering::Release);
-        whole
-    }
-}
+pub(crate) const STEP_BYTES: u64 = 1 << 20;
 
 impl Disk {
     /// How the disk is used now.
@@ -277,8 +165,7 @@ impl Disk {
     fn image(&self) -> Option<&dyn WritableImage> {
         self.layers().first()?.image.writable()
     }
-
-    fn writing(&self) -> Result<(&Writing, &dyn WritableImage)> {
+    pub(crate) fn writing(&self) -> Result<(&Writing, &dyn WritableImage)> {
         match (&self.inner().writing, self.image()) {
             (Some(writing), Some(image)) => {
                 writing.check(&self.inner().name)?;
@@ -296,7 +183,7 @@ impl Disk {
     }
 
     /// The storage of the top image.
-    fn top(&self, storage: usize) -> Result<&std::sync::Arc<dyn Storage>> {
+    pub(crate) fn top(&self, storage: usize) -> Result<&std::sync::Arc<dyn Storage>> {
         self.storage(0, storage)
     }
 
@@ -333,7 +220,7 @@ impl Disk {
         }
     }
 
-    async fn begin(&self) -> Result<(&Writing, &dyn WritableImage)> {
+    pub(crate) async fn begin(&self) -> Result<(&Writing, &dyn WritableImage)> {
         let (writing, image) = self.writing()?;
         if writing.begun.get().is_none() {
             writing
@@ -376,7 +263,7 @@ impl Disk {
         Ok(true)
     }
 
-    async fn placement(&self, image: &dyn WritableImage, range: Range<u64>) -> Result<Placement> {
+    pub(crate) async fn placement(&self, image: &dyn WritableImage, range: Range<u64>) -> Result<Placement> {
         for _ in 0..1000 {
             match image.place(range.clone())? {
                 Placement::Miss => {
@@ -410,12 +297,14 @@ impl Disk {
                     buf = back;
                     result.map(|()| end)
                 }
-                Ok(_) => {
+                Ok(Placement::Absent { len }) => {
+                    let absent = at..at.saturating_add(len.max(1)).min(range.end);
                     let (back, result) =
-                        self.allocate(writing, image, buf, &window, range.start, at..range.end).await;
+                        self.allocate(writing, image, buf, &window, range.start, absent).await;
                     buf = back;
                     result
                 }
+                Ok(Placement::Miss) => Err(Error::new(Code::Io, "a table was not loaded")),
                 Err(error) => Err(error),
             };
             match step {
@@ -542,7 +431,7 @@ impl Disk {
     }
 
     /// Whether all of `range` reads as zeros, by the tables alone.
-    async fn reads_as_zero(&self, range: Range<u64>) -> Result<bool> {
+    pub(crate) async fn reads_as_zero(&self, range: Range<u64>) -> Result<bool> {
         let mut at = range.start;
         let end = range.end.min(self.size());
         while at < end {
@@ -564,7 +453,7 @@ impl Disk {
     }
 
     /// Discards all of `range` (whole units) or says that the format cannot.
-    async fn discard_all(&self, image: &dyn WritableImage, range: Range<u64>) -> Result<bool> {
+    pub(crate) async fn discard_all(&self, image: &dyn WritableImage, range: Range<u64>) -> Result<bool> {
         let mut at = range.start;
         while at < range.end {
             match image.discard(at..range.end).await? {
@@ -576,7 +465,13 @@ impl Disk {
     }
 
     /// Copies what the chain shows of `range` to a reserved place; past the end of the disk that is zeros.
-    async fn complete(&self, range: Range<u64>, offset: u64, zeroed: &bool, storage: usize) -> Result<()> {
+    pub(crate) async fn complete(
+        &self,
+        range: Range<u64>,
+        offset: u64,
+        zeroed: &bool,
+        storage: usize,
+    ) -> Result<()> {
         let target = self.top(storage)?;
         let end = range.end.min(self.size()).max(range.start);
         let mut at = range.start;
@@ -605,179 +500,6 @@ impl Disk {
         }
         Ok(())
     }
-
-    async fn zero_locked(&self, range: Range<u64>, mode: ZeroMode, is_discard: bool) -> Result<()> {
-        let (writing, image) = self.begin().await?;
-        let hull = image.hull(range.clone());
-        let _guard = writing.locks.lock(hull.clone(), Hold::Exclusive).await;
-        if !is_discard {
-            writing.forget_discarded(&hull);
-        }
-        let mut at = range.start;
-        while at < range.end {
-            let unit = image.hull(at..at + 1);
-            let is_whole = |at: u64, unit: &Range<u64>| {
-                at <= unit.start && unit.end.min(self.size()) <= range.end && mode == ZeroMode::MayUnmap
-            };
-            if !is_whole(at, &unit) {
-                let part = at..unit.end.min(range.end).max(at + 1);
-                at = part.end;
-                self.zero_part(writing, image, &unit, part, mode, is_discard).await?;
-                continue;
-            }
-            let last = image.hull(range.end - 1..range.end);
-            let end = if is_whole(last.start, &last) { range.end } else { last.start };
-            match image.discard(at..end).await? {
-                Discarded::Done(len) => at = at.saturating_add(len.max(1)).min(end),
-                Discarded::Cannot(len) => {
-                    let part = at..at.saturating_add(len.max(1)).min(end);
-                    at = part.end;
-                    if !is_discard {
-                        self.store_zeros(image, part).await?;
-                    }
-                }
-            }
-            if image.wants_flush() {
-                let flushed = image.flush().await;
-                writing.fail(flushed)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Zeroes a part of a unit; a discarded part is remembered, and the last one lets the unit go.
-    async fn zero_part(
-        &self,
-        writing: &Writing,
-        image: &dyn WritableImage,
-        unit: &Range<u64>,
-        part: Range<u64>,
-        mode: ZeroMode,
-        is_discard: bool,
-    ) -> Result<()> {
-        if !is_discard {
-            return self.store_zeros_with(image, part, mode).await;
-        }
-        let mut at = part.start;
-        while at < part.end {
-            // Only what has a place of its own is worth zeroing; the rest costs nothing as it is.
-            match self.placement(image, at..part.end).await? {
-                Placement::InPlace { len, storage, offset } => {
-                    let len = len.max(1).min(part.end - at);
-                    self.top(storage)?.zero(offset..offset + len, ZeroMode::MayUnmap).await?;
-                    at += len;
-                }
-                Placement::Absent { len } => at = at.saturating_add(len.max(1)),
-                Placement::Miss => return Err(Error::new(Code::Io, "a table was not loaded")),
-            }
-        }
-        let whole = unit.start..unit.end.min(self.size());
-        if writing.add_discarded(&whole, part) {
-            self.discard_all(image, whole).await?;
-        }
-        Ok(())
-    }
-
-    async fn store_zeros(&self, image: &dyn WritableImage, range: Range<u64>) -> Result<()> {
-        self.store_zeros_with(image, range, ZeroMode::MayUnmap).await
-    }
-
-    /// Stores zeros where the range does not read as zeros anyway.
-    async fn store_zeros_with(
-        &self,
-        image: &dyn WritableImage,
-        range: Range<u64>,
-        mode: ZeroMode,
-    ) -> Result<()> {
-        let mut at = range.start;
-        while at < range.end {
-            match self.placement(image, at..range.end).await? {
-                Placement::InPlace { len, storage, offset } => {
-                    let len = len.max(1).min(range.end - at);
-                    self.top(storage)?.zero(offset..offset + len, mode).await?;
-                    at += len;
-                }
-                Placement::Absent { len } => {
-                    let part = at..at.saturating_add(len.max(1)).min(range.end).min(at + STEP_BYTES);
-                    if self.reads_as_zero(part.clone()).await? {
-                        at = part.end;
-                        continue;
-                    }
-                    at = self.reserve_zeros(image, part).await?;
-                }
-                Placement::Miss => return Err(Error::new(Code::Io, "a table was not loaded")),
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes a place for the start of `part` and leaves zeros in it; returns how far it reaches.
-    async fn reserve_zeros(&self, image: &dyn WritableImage, part: Range<u64>) -> Result<u64> {
-        let place = image.reserve(part.clone(), Intent::Write).await?;
-        let own = part.start.max(place.range.start)..part.end.min(place.range.end);
-        let at = |guest: u64| place.offset + (guest - place.range.start);
-        let filled = async {
-            self.complete(place.range.start..own.start, place.offset, &place.zeroed, place.storage).await?;
-            self.complete(own.end..place.range.end, at(own.end), &place.zeroed, place.storage).await?;
-            match place.zeroed {
-                true => Ok(()),
-                false => zero_range(self.top(place.storage)?.as_ref(), at(own.start)..at(own.end)).await,
-            }
-        };
-        match filled.await {
-            Ok(()) => image.commit(place).await.map(|()| own.end),
-            Err(error) => {
-                image.abort(place).await;
-                Err(error)
-            }
-        }
-    }
-
-    async fn flush_now(&self) -> Result<()> {
-        let (writing, image) = self.writing()?;
-        if writing.begun.get().is_none() {
-            return Ok(());
-        }
-        let flushed = image.flush().await;
-        writing.fail(flushed)?;
-        for _ in 0..MOVES_PER_FLUSH_MAX {
-            let Some(range) = image.wants_move() else { break };
-            if self.move_data(writing, image, range).await? == Moved::NotNow {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// Moves the data of a guest range to the place that the image has for it.
-    async fn move_data(
-        &self,
-        writing: &Writing,
-        image: &dyn WritableImage,
-        range: Range<u64>,
-    ) -> Result<Moved> {
-        let hull = image.hull(range.clone());
-        // Whoever is writing there comes first; the next flush tries again.
-        let Some(_guard) = writing.locks.try_lock(hull, Hold::Exclusive) else { return Ok(Moved::NotNow) };
-        let place = match image.reserve(range, Intent::Move).await {
-            Ok(place) => place,
-            Err(error) if error.code() == Code::Usage => return Ok(Moved::NotNow),
-            Err(error) => return Err(error),
-        };
-        match self.complete(place.range.clone(), place.offset, &place.zeroed, place.storage).await {
-            Ok(()) => image.commit(place).await.map(|()| Moved::Done),
-            Err(error) => {
-                image.abort(place).await;
-                Err(error)
-            }
-        }
-    }
-}
-
-#[derive(PartialEq, Eq)]
-enum Moved {
-    Done,
-    NotNow,
 }
 
 async fn gather(parts: Vec<Completion<WithBuf>>) -> (Vec<Buf>, Result<()>) {
@@ -791,22 +513,4 @@ async fn gather(parts: Vec<Completion<WithBuf>>) -> (Vec<Buf>, Result<()>) {
         }
     }
     (bufs, outcome)
-}
-
-/// Writes zeros for sure (a storage's `zero` clips at its end, which a fresh place may lie past).
-async fn zero_range(storage: &dyn Storage, range: Range<u64>) -> Result<()> {
-    let inside = range.end.min(storage.len()?).max(range.start);
-    if inside > range.start {
-        storage.zero(range.start..inside, ZeroMode::KeepAllocated).await?;
-    }
-    crate::fill_range(storage, inside, range.end - inside, 0).await
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        let Some(writing) = &self.writing else { return };
-        if writing.begun.get().is_some() && !writing.is_closed.load(Ordering::Acquire) {
-            tracing::warn!("{}: dropped without close(); what was not flushed may be lost", self.name);
-        }
-    }
 }

@@ -23,7 +23,9 @@ mod commit;
 mod completion;
 mod concat;
 mod disk;
+mod disk_state;
 mod disk_write;
+mod disk_zero;
 mod error;
 mod events;
 mod format;
@@ -49,7 +51,7 @@ pub use commit::{Committer, FlushPoint, flush_at, mutation};
 pub use completion::{BoxFuture, Completer, Completion, Lost, WithBuf, block_on};
 pub use concat::Concat;
 pub use disk::{Disk, DiskExtent, DiskOptions, Layer, Piece, PieceKind};
-pub use disk_write::OpenFlags;
+pub use disk_state::OpenFlags;
 pub use error::{Code, Error, Kind, Printable, Result};
 pub use events::Events;
 pub use format::{
