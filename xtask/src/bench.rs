@@ -10,6 +10,7 @@ mod options;
 mod pair;
 mod reflink;
 mod report;
+mod resume;
 mod tools;
 mod variant;
 

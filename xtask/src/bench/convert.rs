@@ -33,6 +33,16 @@ pub fn run(options: &Options) -> Result<()> {
     arena.warm_up(&ALL[0], &disk.raw())?;
 
     let mut report = Report::new("convert", options, host::facts(disk.folder(), &vellum), disk.used_bytes);
+    let known = match (&options.json, options.resume) {
+        (Some(path), true) => super::resume::pairs(path, &CONTENDERS)?,
+        (None, true) => return Err("--resume needs the --json file of the interrupted run".to_owned()),
+        (_, false) => Vec::new(),
+    };
+    let is_known = |source: &Variant, target: &Variant| {
+        known.iter().any(|pair| pair.source.name == source.name && pair.target.name == target.name)
+    };
+    let pairs: Vec<_> = pairs.into_iter().filter(|(source, target)| !is_known(source, target)).collect();
+    report.resumed(known);
     for (number, (source, target)) in pairs.iter().enumerate() {
         check_interrupt()?;
         let pair = arena.measure(source, target, &disk.source(source, disk.folder())?)?;

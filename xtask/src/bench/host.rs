@@ -15,7 +15,7 @@ pub fn facts(folder: &Path, vellum: &Path) -> Vec<(&'static str, String)> {
         ("processor", format!("{cores} cores, {}", field("/proc/cpuinfo", "model name"))),
         ("memory", memory()),
         ("kernel", read("/proc/sys/kernel/osrelease")),
-        ("file system", format!("{} ({})", file_system(folder), folder.display())),
+        ("file system", file_system(folder)),
         ("vellum", format!("{}, commit {}", first_line(Command::new(vellum).arg("--version")), commit())),
         ("qemu-img", first_line(tool("qemu-img").arg("--version"))),
         ("load before", read("/proc/loadavg").split(' ').take(3).collect::<Vec<_>>().join(" ")),

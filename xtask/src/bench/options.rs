@@ -21,6 +21,7 @@ Usage: cargo xtask bench convert|reflink|empty|disk [options]
   --vellum-args S   more arguments for vellum convert, as in '--threads 1'
   --no-verify       do not compare the first output of each pair with the source
   --json FILE       every sample
+  --resume          convert: keep the pairs that the --json file has, measure the others
   --markdown FILE   the tables; in a file with <!-- begin PART --> and
                     <!-- end PART --> lines only what stands between them is replaced";
 
@@ -34,6 +35,7 @@ pub struct Options {
     pub vellum: Option<PathBuf>,
     pub vellum_arguments: Vec<String>,
     pub verify: bool,
+    pub resume: bool,
     pub json: Option<PathBuf>,
     pub markdown: Option<PathBuf>,
 }
@@ -49,6 +51,7 @@ impl Options {
             vellum: None,
             vellum_arguments: Vec::new(),
             verify: true,
+            resume: false,
             json: None,
             markdown: None,
         };
@@ -56,6 +59,10 @@ impl Options {
         while let Some(name) = words.next() {
             if name == "--no-verify" {
                 options.verify = false;
+                continue;
+            }
+            if name == "--resume" {
+                options.resume = true;
                 continue;
             }
             let value = words.next().ok_or_else(|| format!("{name} needs a value\n\n{USAGE}"))?;

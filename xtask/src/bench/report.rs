@@ -41,6 +41,15 @@ impl Report {
         }
     }
 
+    /// Takes the pairs over that an interrupted run measured.
+    pub fn resumed(&mut self, known: Vec<Pair>) {
+        if !known.is_empty() {
+            self.facts
+                .push(("resumed", format!("{} pairs are from an earlier part of the run", known.len())));
+            self.pairs = known;
+        }
+    }
+
     /// Adds a pair and brings the files up to date.
     pub fn add(&mut self, pair: Pair) -> Result<()> {
         self.pairs.push(pair);
