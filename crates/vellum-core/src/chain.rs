@@ -257,6 +257,9 @@ impl FormatRegistry {
                         return search.recognise(found);
                     }
                     Err(error) if error.code() == Code::NotFound => tried.push(hint.place.clone()),
+                    Err(error) if let Some(image) = locked_by(images, &error) => {
+                        return Err(cycle(&child.location, &image.layer.location));
+                    }
                     Err(error) => {
                         let error = error.image(&child.location).field(hint.field).found(&hint.place);
                         refused.get_or_insert(error);
@@ -442,6 +445,12 @@ fn check_cycle(images: &[OpenedImage], found: &OpenedImage) -> Result<()> {
         None => Ok(()),
         Some(image) => Err(cycle(&found.layer.location, &image.layer.location)),
     }
+}
+
+/// The image of the chain that `error` found locked: a chain that is open for writing keeps readers out, itself too.
+fn locked_by<'a>(images: &'a [OpenedImage], error: &Error) -> Option<&'a OpenedImage> {
+    let is_it = |image: &&OpenedImage| error.image_name() == Some(&image.layer.location.0);
+    images.iter().filter(|_| error.code() == Code::Locked).find(is_it)
 }
 
 fn cycle(at: &Location, again: &Location) -> Error {

@@ -35,7 +35,7 @@ pub async fn flush_at(point: FlushPoint, storage: &dyn Storage) -> Result<()> {
     if mutation::skips(point) {
         return Ok(());
     }
-    storage.flush().await
+    storage.flush().await.map_err(Error::flush_failure)
 }
 
 /// For the test of the crash tests: flushes that are left out.
@@ -96,7 +96,7 @@ impl Committer {
         let written = self.write(caches, &frozen, storages).await;
         if let Err(error) = written {
             *self.failed.lock() = Some(error.to_string());
-            return Err(error.context("making the image's tables durable"));
+            return Err(error.flush_failure().context("making the image's tables durable"));
         }
         for (cache, frozen) in caches.iter().zip(&frozen) {
             cache.thaw(frozen);
@@ -149,6 +149,7 @@ pub(crate) fn poisoned(first: &str) -> Error {
     Error::new(Code::Io, "an earlier write of the image's tables or a flush failed; nothing more is written")
         .found(first)
         .hint("what was written since the last good flush may be lost: close the image, see to the disk, open it again")
+        .flush_failure()
 }
 
 #[cfg(all(test, not(loom)))]

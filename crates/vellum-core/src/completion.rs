@@ -6,6 +6,8 @@
 
 use crate::sync::{Arc, Mutex};
 use crate::{Buf, Code, Error, Result};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, Wake, Waker};
@@ -188,7 +190,7 @@ impl<T> Slot<T> {
             SlotState::Waiting(waker) => {
                 *state = SlotState::Full(value);
                 drop(state);
-                waker.wake();
+                wake_here(waker);
             }
             SlotState::Empty => *state = SlotState::Full(value),
             SlotState::Full(_) | SlotState::Taken => {}
@@ -256,17 +258,40 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
         if let Poll::Ready(value) = future.as_mut().poll(&mut context) {
             return value;
         }
+        // What this waits for may be queued on this very thread.
+        run_queue();
         std::thread::park();
     }
 }
 
-/// Drives one future without an executor: each wake polls it on the waking thread.
+/// Wakes from a place that holds no lock: what is woken may run here and now.
+pub(crate) fn wake_here(waker: Waker) {
+    let before = MAY_RUN_HERE.replace(true);
+    waker.wake();
+    MAY_RUN_HERE.set(before);
+}
+
+thread_local! {
+    /// The waker on this thread holds no lock.
+    static MAY_RUN_HERE: Cell<bool> = const { Cell::new(false) };
+    /// A driver is polled on this thread, further down.
+    static IS_POLLING: Cell<bool> = const { Cell::new(false) };
+    /// Drivers that were woken meanwhile from places that may hold a lock.
+    static QUEUE: RefCell<VecDeque<std::sync::Arc<Driver>>> = const { RefCell::new(VecDeque::new()) };
+}
+
+/// Drives one future without an executor: it is polled on the thread that wakes it.
+///
+/// At once, if the waker is known to hold no lock ([`wake_here`]). Others do hold one: `async-lock` notifies under
+/// the lock that the woken future takes next. Those are polled when the driver that is being polled on this thread is
+/// done; if there is none, on a thread of its own.
 struct Driver {
     state: parking_lot::Mutex<DriverState>,
 }
 
 enum DriverState {
     Idle(BoxFuture<'static, ()>),
+    Woken(BoxFuture<'static, ()>),
     Polling,
     PollingAndWoken,
     Done,
@@ -274,24 +299,29 @@ enum DriverState {
 
 impl Driver {
     fn start(future: BoxFuture<'static, ()>) {
-        let driver =
-            std::sync::Arc::new(Driver { state: parking_lot::Mutex::new(DriverState::Idle(future)) });
-        driver.wake();
+        let state = parking_lot::Mutex::new(DriverState::Woken(future));
+        std::sync::Arc::new(Driver { state }).run();
     }
-}
 
-impl Wake for Driver {
-    fn wake(self: std::sync::Arc<Self>) {
+    /// Polls until the future waits or is done, then what was queued on this thread.
+    fn run(self: std::sync::Arc<Self>) {
+        let outer = IS_POLLING.replace(true);
+        let may_run = MAY_RUN_HERE.replace(false);
+        self.poll();
+        if !outer {
+            run_queue();
+        }
+        MAY_RUN_HERE.set(may_run);
+        IS_POLLING.set(outer);
+    }
+
+    fn poll(self: std::sync::Arc<Self>) {
         let mut future = {
             let mut state = self.state.lock();
             match std::mem::replace(&mut *state, DriverState::Polling) {
-                DriverState::Idle(future) => future,
-                DriverState::Done => {
-                    *state = DriverState::Done;
-                    return;
-                }
-                DriverState::Polling | DriverState::PollingAndWoken => {
-                    *state = DriverState::PollingAndWoken;
+                DriverState::Woken(future) => future,
+                other => {
+                    *state = other;
                     return;
                 }
             }
@@ -311,6 +341,53 @@ impl Wake for Driver {
                     return;
                 }
             }
+        }
+    }
+
+    /// Polls on a thread that holds nothing. Rare: a lock was let go outside of any driver.
+    fn run_elsewhere(self: std::sync::Arc<Self>) {
+        static HELPER: std::sync::OnceLock<Option<std::sync::mpsc::Sender<std::sync::Arc<Driver>>>> =
+            std::sync::OnceLock::new();
+        let helper = HELPER.get_or_init(|| {
+            let (send, receive) = std::sync::mpsc::channel::<std::sync::Arc<Driver>>();
+            let work = move || receive.iter().for_each(Driver::run);
+            std::thread::Builder::new().name("vellum-driver".into()).spawn(work).ok().map(|_| send)
+        });
+        match helper {
+            Some(helper) => {
+                let _ = helper.send(self);
+            }
+            // Without a thread there is only this one.
+            None => self.run(),
+        }
+    }
+}
+
+fn run_queue() {
+    while let Some(driver) = QUEUE.with_borrow_mut(VecDeque::pop_front) {
+        driver.poll();
+    }
+}
+
+impl Wake for Driver {
+    fn wake(self: std::sync::Arc<Self>) {
+        {
+            let mut state = self.state.lock();
+            match std::mem::replace(&mut *state, DriverState::PollingAndWoken) {
+                DriverState::Idle(future) => *state = DriverState::Woken(future),
+                DriverState::Polling | DriverState::PollingAndWoken => return,
+                other => {
+                    *state = other;
+                    return;
+                }
+            }
+        }
+        if MAY_RUN_HERE.get() {
+            self.run();
+        } else if IS_POLLING.get() {
+            QUEUE.with_borrow_mut(|queue| queue.push_back(self));
+        } else {
+            self.run_elsewhere();
         }
     }
 }
@@ -367,6 +444,44 @@ mod tests {
         }));
         completer.complete(Ok(4));
         assert_eq!(receive.recv().unwrap(), 4);
+    }
+
+    #[test]
+    fn a_lock_that_is_let_go_wakes_without_a_deadlock() {
+        // `async-lock` wakes the next in line under its own lock, which that one takes again when it is polled.
+        let lock = std::sync::Arc::new(async_lock::Mutex::new(0));
+        let (first, gate) = Completion::<Result<u32>>::slot();
+        let holder = lock.clone();
+        let held = Completion::<Result<()>>::started(async move {
+            let mut value = holder.lock().await;
+            gate.await?;
+            *value += 1;
+            Ok(())
+        });
+        let others: Vec<_> = (0..3)
+            .map(|_| {
+                let lock = lock.clone();
+                Completion::<Result<()>>::started(async move {
+                    *lock.lock().await += 1;
+                    Ok(())
+                })
+            })
+            .collect();
+        first.complete(Ok(0));
+        held.wait().unwrap();
+        others.into_iter().for_each(|other| other.wait().unwrap());
+        let guard = lock.try_lock().unwrap();
+        let waits = {
+            let lock = lock.clone();
+            Completion::<Result<()>>::started(async move {
+                *lock.lock().await += 1;
+                Ok(())
+            })
+        };
+        // Let go outside of any driver.
+        drop(guard);
+        waits.wait().unwrap();
+        assert_eq!(*block_on(lock.lock()), 5);
     }
 
     #[test]

@@ -166,7 +166,7 @@ impl Storage for Concat {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use crate::Memory;

@@ -83,6 +83,14 @@ impl Writing {
         result
     }
 
+    /// Remembers a failed flush of the driver's own, whatever the request was that it was made for.
+    pub(crate) fn notice<T>(&self, result: Result<T>) -> Result<T> {
+        match &result {
+            Err(error) if error.is_flush_failure() => self.fail(result),
+            _ => result,
+        }
+    }
+
     /// Something is written: what was remembered as discarded in these units is not any more.
     pub(crate) fn forget_discarded(&self, hull: &Range<u64>) {
         if self.has_discarded.load(Ordering::Acquire) {

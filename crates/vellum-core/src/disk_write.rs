@@ -66,10 +66,10 @@ impl Disk {
         let disk = self.clone();
         Completion::started(async move {
             let (buf, result) = disk.write_locked(buf, range).await;
-            match result {
+            match disk.noticed(result) {
                 Ok(()) if flags.fua => {
                     let flushed = disk.flush_now().await;
-                    (buf, flushed)
+                    (buf, disk.noticed(flushed))
                 }
                 result => (buf, result),
             }
@@ -112,7 +112,7 @@ impl Disk {
             return Completion::ready(Ok(()));
         }
         let disk = self.clone();
-        Completion::started(async move { disk.zero_locked(range, mode, false).await })
+        Completion::started(async move { disk.noticed(disk.zero_locked(range, mode, false).await) })
     }
 
     /// The guest does not need `range` any more: it reads as zeros or as before, and whole units lose their space.
@@ -124,7 +124,8 @@ impl Disk {
             return Completion::ready(writable);
         }
         let disk = self.clone();
-        Completion::started(async move { disk.zero_locked(range, ZeroMode::MayUnmap, true).await })
+        let unmap = ZeroMode::MayUnmap;
+        Completion::started(async move { disk.noticed(disk.zero_locked(range, unmap, true).await) })
     }
 
     /// Makes every completed change durable.
@@ -133,7 +134,15 @@ impl Disk {
             return Completion::ready(Ok(()));
         }
         let disk = self.clone();
-        Completion::started(async move { disk.flush_now().await })
+        Completion::started(async move { disk.noticed(disk.flush_now().await) })
+    }
+
+    /// After a flush that failed nothing more is written.
+    fn noticed<T>(&self, result: Result<T>) -> Result<T> {
+        match &self.inner().writing {
+            Some(writing) => writing.notice(result),
+            None => result,
+        }
     }
 
     /// Ends writing: flushes, takes the image's marks back. Changes that are under way are waited for; later ones fail.

@@ -7,8 +7,8 @@ use crate::{
 };
 use std::ops::Range;
 
-/// Data is moved (to fill holes) in at most so many steps for one flush.
-const MOVES_PER_FLUSH_MAX: usize = 64;
+/// Data that is moved (to fill holes) after one flush, in bytes: at least one block is.
+const MOVED_PER_FLUSH_MAX: u64 = 4 << 20;
 
 impl Disk {
     pub(crate) async fn zero_locked(
@@ -30,7 +30,9 @@ impl Disk {
                 at <= unit.start && unit.end.min(self.size()) <= range.end && mode == ZeroMode::MayUnmap
             };
             if !is_whole(at, &unit) {
-                let part = at..unit.end.min(range.end).max(at + 1);
+                // Units may be as small as a byte (raw): zeros that stay allocated do not go unit by unit.
+                let step = if mode == ZeroMode::KeepAllocated { STEP_BYTES } else { 1 };
+                let part = at..unit.end.max(at.saturating_add(step)).min(range.end);
                 at = part.end;
                 self.zero_part(writing, image, &unit, part, mode, is_discard).await?;
                 continue;
@@ -150,10 +152,18 @@ impl Disk {
         }
         let flushed = image.flush().await;
         writing.fail(flushed)?;
-        for _ in 0..MOVES_PER_FLUSH_MAX {
+        let mut moved = 0u64;
+        while moved < MOVED_PER_FLUSH_MAX {
             let Some(range) = image.wants_move() else { break };
-            if self.move_data(writing, image, range).await? == Moved::NotNow {
-                break;
+            let len = range.end.saturating_sub(range.start).max(1);
+            match self.move_data(writing, image, range).await {
+                Ok(Moved::Done) => moved = moved.saturating_add(len),
+                Ok(Moved::NotNow) => break,
+                Err(error) => {
+                    // What the guest asked for is durable; the space stays where it is until the next flush.
+                    tracing::warn!("{}: moving data into a hole failed: {error}", self.0.name);
+                    break;
+                }
             }
         }
         Ok(())

@@ -153,6 +153,7 @@ struct Inner {
     hint: Option<String>,
     context: Vec<String>,
     source: Option<std::io::Error>,
+    is_flush_failure: bool,
 }
 
 impl Error {
@@ -214,6 +215,11 @@ impl Error {
         self.0.hint.get_or_insert_with(|| advice.into());
         self
     }
+    /// A flush failed, or a write on which one depends: what was written before may be lost.
+    pub fn flush_failure(mut self) -> Self {
+        self.0.is_flush_failure = true;
+        self
+    }
     /// Adds what was being done, outermost last.
     pub fn context(mut self, doing: impl Into<String>) -> Self {
         self.0.context.push(doing.into());
@@ -268,6 +274,10 @@ impl Error {
     pub fn io_error(&self) -> Option<&std::io::Error> {
         self.0.source.as_ref()
     }
+    /// Whether a flush failed, so that what was written before may be lost.
+    pub fn is_flush_failure(&self) -> bool {
+        self.0.is_flush_failure
+    }
     /// Whether the operating system said that the operation is not supported here.
     pub fn is_unsupported_by_os(&self) -> bool {
         self.io_error().is_some_and(|e| e.kind() == std::io::ErrorKind::Unsupported)
@@ -291,6 +301,7 @@ impl Error {
             hint: self.0.hint.clone(),
             context: self.0.context.clone(),
             source,
+            is_flush_failure: self.0.is_flush_failure,
         }))
     }
 }

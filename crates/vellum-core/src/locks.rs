@@ -79,7 +79,7 @@ impl RangeLocks {
         };
         // Outside the lock: a waker may run what it wakes.
         for waker in woken {
-            waker.wake();
+            crate::completion::wake_here(waker);
         }
     }
 }
@@ -278,6 +278,70 @@ mod loom_tests {
                     })
                 })
                 .collect();
+            for thread in threads {
+                thread.join().unwrap();
+            }
+        });
+    }
+
+    /// Polls once; the request is then in the queue, granted or not.
+    fn poll_once(acquire: &mut Acquire) -> Option<RangeGuard> {
+        match Pin::new(acquire).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(guard) => Some(guard),
+            Poll::Pending => None,
+        }
+    }
+
+    /// Three threads in all orders take hours; with three preemptions, seconds.
+    fn bounded() -> loom::model::Builder {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        builder
+    }
+
+    #[test]
+    fn who_gives_up_strands_nobody() {
+        bounded().check(|| {
+            let locks = RangeLocks::default();
+            let held = locks.try_lock(0..2, Hold::Shared).unwrap();
+            // A writer waits for the reader, and a second reader for the writer.
+            let mut writer = locks.lock(0..2, Hold::Exclusive);
+            assert!(poll_once(&mut writer).is_none());
+            let reader = {
+                let locks = locks.clone();
+                loom::thread::spawn(move || drop(loom::future::block_on(locks.lock(0..1, Hold::Shared))))
+            };
+            let releaser = loom::thread::spawn(move || drop(held));
+            // The writer may have been granted in this very moment.
+            drop(writer);
+            reader.join().unwrap();
+            releaser.join().unwrap();
+            assert!(locks.try_lock(0..2, Hold::Exclusive).is_some());
+        });
+    }
+
+    #[test]
+    fn readers_and_a_writer_all_come_to_their_turn() {
+        bounded().check(|| {
+            let locks = RangeLocks::default();
+            let writing = loom::sync::Arc::new(loom::sync::atomic::AtomicBool::new(false));
+            let threads: Vec<_> = [Hold::Shared, Hold::Exclusive]
+                .into_iter()
+                .map(|hold| {
+                    let (locks, writing) = (locks.clone(), writing.clone());
+                    loom::thread::spawn(move || {
+                        let guard = loom::future::block_on(locks.lock(0..1, hold));
+                        let order = loom::sync::atomic::Ordering::SeqCst;
+                        let was = writing.swap(hold == Hold::Exclusive, order);
+                        assert!(!was, "beside a writer");
+                        writing.store(false, order);
+                        drop(guard);
+                    })
+                })
+                .collect();
+            let guard = loom::future::block_on(locks.lock(0..1, Hold::Shared));
+            assert!(!writing.load(loom::sync::atomic::Ordering::SeqCst));
+            drop(guard);
             for thread in threads {
                 thread.join().unwrap();
             }

@@ -393,3 +393,134 @@ mod tests {
         assert!(cache.get(65536).is_none());
     }
 }
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use crate::Memory;
+    use loom::sync::Arc as LoomArc;
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    /// A storage in memory answers at once, so nothing ever waits.
+    fn now<T>(future: impl Future<Output = T>) -> T {
+        match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(value) => value,
+            Poll::Pending => panic!("it waits"),
+        }
+    }
+
+    fn cache(bytes: usize, budget: usize) -> (Arc<Memory>, LoomArc<TableCache>) {
+        let memory = Arc::new(Memory::from_bytes("t", &vec![0; bytes]));
+        (memory.clone(), LoomArc::new(TableCache::new(memory, budget)))
+    }
+
+    fn set(cache: &TableCache, at: u64, value: u8, rank: Rank) {
+        assert!(cache.update(&[TableChange { page: 0, at, bytes: &[value], rank }]).unwrap());
+    }
+
+    fn commit(cache: &TableCache) {
+        let frozen = cache.freeze();
+        for rank in 0..RANKS {
+            now(cache.write(&frozen, rank)).unwrap();
+        }
+        cache.thaw(&frozen);
+    }
+
+    /// Three threads in all orders take hours; with three preemptions, seconds.
+    fn bounded() -> loom::model::Builder {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        builder
+    }
+
+    #[test]
+    fn what_is_not_in_a_frozen_group_is_in_the_next() {
+        bounded().check(|| {
+            let (memory, cache) = cache(1024, 4096);
+            now(cache.load(0, 1024)).unwrap();
+            let writer = {
+                let cache = cache.clone();
+                loom::thread::spawn(move || {
+                    set(&cache, 0, 1, 1);
+                    set(&cache, 600, 2, 0);
+                })
+            };
+            let committer = {
+                let cache = cache.clone();
+                loom::thread::spawn(move || commit(&cache))
+            };
+            // A reader sees the changes in the order in which they were made, and keeps the page that it has.
+            let page = cache.get(0).unwrap();
+            let seen = (page[0], page[600]);
+            assert!(matches!(seen, (0, 0) | (1, 0) | (1, 2)), "{seen:?}");
+            writer.join().unwrap();
+            assert_eq!((page[0], page[600]), seen);
+            committer.join().unwrap();
+            commit(&cache);
+            let (file, page) = (memory.to_vec(), cache.get(0).unwrap());
+            assert_eq!((file[0], file[600], page[0], page[600]), (1, 2, 1, 2));
+            assert_eq!(cache.dirty_bytes(), 0);
+            assert!(!cache.freeze().has(0) && !cache.freeze().has(1));
+        });
+    }
+
+    #[test]
+    fn two_groups_that_follow_each_other_lose_nothing() {
+        loom::model(|| {
+            let (memory, cache) = cache(512, 4096);
+            now(cache.load(0, 512)).unwrap();
+            set(&cache, 0, 1, 1);
+            let writer = {
+                let cache = cache.clone();
+                loom::thread::spawn(move || set(&cache, 0, 2, 1))
+            };
+            commit(&cache);
+            assert!(memory.to_vec()[0] >= 1);
+            commit(&cache);
+            writer.join().unwrap();
+            let is_dirty = cache.dirty_bytes() > 0;
+            // Either the change is in the file or it still is dirt.
+            assert_eq!(memory.to_vec()[0], if is_dirty { 1 } else { 2 });
+        });
+    }
+
+    #[test]
+    fn a_page_read_before_it_was_changed_written_and_evicted_does_not_come_back() {
+        loom::model(|| {
+            // Room for one page: loading the second one evicts the first, unless it is dirty or being written.
+            let (_, cache) = cache(1024, 512);
+            let reader = {
+                let cache = cache.clone();
+                loom::thread::spawn(move || now(cache.load(0, 512)).unwrap()[0])
+            };
+            now(cache.load(0, 512)).unwrap();
+            set(&cache, 0, 1, 1);
+            commit(&cache);
+            now(cache.load(512, 512)).unwrap();
+            reader.join().unwrap();
+            assert_eq!(now(cache.load(0, 512)).unwrap()[0], 1);
+        });
+    }
+
+    #[test]
+    fn a_dirty_page_is_never_evicted_while_others_are_loaded() {
+        loom::model(|| {
+            let (memory, cache) = cache(1024, 512);
+            now(cache.load(0, 512)).unwrap();
+            set(&cache, 0, 1, 1);
+            let other = {
+                let cache = cache.clone();
+                loom::thread::spawn(move || {
+                    now(cache.load(512, 512)).unwrap();
+                })
+            };
+            commit(&cache);
+            // Whether it is still there or comes back from the file.
+            assert_eq!(now(cache.load(0, 512)).unwrap()[0], 1);
+            other.join().unwrap();
+            assert_eq!(memory.to_vec()[0], 1);
+        });
+    }
+}
