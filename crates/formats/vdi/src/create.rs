@@ -58,6 +58,15 @@ struct Plan {
     block: u64,
     blocks: u64,
     off_data: u64,
+    link: Option<Link>,
+}
+
+/// How a child names its parent: by its identity and by its state.
+#[derive(Clone, Copy)]
+struct Link {
+    parent: Uuid,
+    /// Null if the parent has none: it is not compared then.
+    modification: Uuid,
 }
 
 impl Plan {
@@ -93,6 +102,11 @@ fn plan(request: &CreateRequest) -> Result<Plan> {
     if preallocate != Preallocate::Off && !fixed {
         return Err(usage(request, "only fixed images can be preallocated").hint("add variant=fixed"));
     }
+    let link = link(request)?;
+    if fixed && link.is_some() {
+        return Err(usage(request, "a child of another image cannot be fixed")
+            .hint("leave variant=fixed and static=on out: a child holds what differs from its parent"));
+    }
     let block = options.number("block_size", 1 << 20);
     if !block.is_power_of_two() {
         return Err(usage(request, "block_size must be a power of two")
@@ -112,7 +126,22 @@ fn plan(request: &CreateRequest) -> Result<Plan> {
             .allowed("about 2^30 blocks: just under 1 PiB with block_size=1M")
             .hint("choose larger blocks (block_size=64M reaches 63 PiB), or another format"));
     }
-    Ok(Plan { fixed, preallocate, virtual_size, block, blocks, off_data })
+    Ok(Plan { fixed, preallocate, virtual_size, block, blocks, off_data, link })
+}
+
+/// The parent that the image is to be a child of. VDI names it by UUID, and by nothing else.
+fn link(request: &CreateRequest) -> Result<Option<Link>> {
+    let Some(parent) = &request.parent else { return Ok(None) };
+    match parent.identity.uuid.filter(|uuid| !uuid.is_nil()) {
+        Some(uuid) => {
+            Ok(Some(Link { parent: uuid, modification: parent.identity.modification.unwrap_or_default() }))
+        }
+        None => Err(usage(request, "the parent has no UUID, which is all by which a VDI image can name it")
+            .field("uuidLinkage")
+            .found(format!("{} ({})", parent.place, parent.format))
+            .allowed("a parent with a UUID: vdi, vhd, vhdx, and vmdk that VirtualBox made")
+            .hint("make the child in a format that names its parent by its place, as qcow2 does")),
+    }
 }
 
 /// Begins an image: fills the map and, if fixed, gives the file its length.
@@ -232,7 +261,7 @@ impl VdiWriter {
             signature: SIGNATURE.into(),
             version: VERSION_1_1.into(),
             cb_header: CB_HEADER_LCHS.into(),
-            image_type: if plan.fixed { 2 } else { 1 }.into(),
+            image_type: image_type(plan).into(),
             flags: 0.into(),
             comment: padded(clip(&self.traits.comment, 255).as_bytes()),
             off_blocks: bytes::narrow(ALIGN)?.into(),
@@ -246,10 +275,19 @@ impl VdiWriter {
             c_blocks_allocated: bytes::narrow(allocated)?.into(),
             uuid_create: self.uuid_create.to_microsoft(),
             uuid_modify: self.uuid_modify.to_microsoft(),
-            uuid_linkage: [0; 16],
-            uuid_parent_modify: [0; 16],
+            uuid_linkage: plan.link.map_or([0; 16], |link| link.parent.to_microsoft()),
+            uuid_parent_modify: plan.link.map_or([0; 16], |link| link.modification.to_microsoft()),
             lchs: Geometry::new(lchs),
         })
+    }
+}
+
+/// `type`: 1 dynamic, 2 fixed, 4 differencing.
+fn image_type(plan: &Plan) -> u32 {
+    match (plan.fixed, plan.link) {
+        (true, _) => 2,
+        (false, None) => 1,
+        (false, Some(_)) => 4,
     }
 }
 

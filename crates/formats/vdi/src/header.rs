@@ -22,6 +22,8 @@ pub(crate) const HEADER_AT: u64 = 0x48;
 const CB_HEADER: u32 = 0x180;
 /// `cbHeader` of a header with LCHS.
 pub(crate) const CB_HEADER_LCHS: u32 = 0x190;
+/// Where `uuidModify` of version 1.1 stands.
+pub(crate) const UUID_MODIFY_AT: u64 = 0x198;
 /// Bytes of pre-header and the longest header that is known.
 pub(crate) const HEADER_BYTES: usize = 0x1D8;
 /// Bytes of pre-header and header of version 0.2; the block map follows at once.
@@ -233,6 +235,16 @@ fn text(field: &[u8]) -> String {
 /// # Errors
 /// `TRUNCATED`, `BAD_MAGIC`, `VERSION`, `RANGE`, `MISALIGNED`, `OVERLAP`, `OUT_OF_FILE`, `SIZE_LIE`, `CORRUPT`.
 pub(crate) fn parse(head: &[u8], file_len: u64) -> Result<Header> {
+    let header = parse_but_counter(head, file_len)?;
+    header.check_counter()?;
+    Ok(header)
+}
+
+/// The same without a look at `cBlocksAllocated`, which can be made anew from the map.
+///
+/// # Errors
+/// Those of [`parse`].
+pub(crate) fn parse_but_counter(head: &[u8], file_len: u64) -> Result<Header> {
     let Some((signature, version)) = signature_and_version(head) else {
         return Err(truncated(head.len(), HEADER_0_2_BYTES));
     };
@@ -344,6 +356,16 @@ impl Header {
         matches!(self.image_type, ImageType::Undo | ImageType::Differencing) || !self.uuid_linkage.is_nil()
     }
 
+    /// Whether every block has its place from the start.
+    pub(crate) fn is_fixed(&self) -> bool {
+        self.image_type == ImageType::Fixed
+    }
+
+    /// Where `cBlocksAllocated` stands.
+    pub(crate) fn counter_at(&self) -> u64 {
+        self.places.c_blocks_allocated
+    }
+
     /// Bytes from one block in the file to the next.
     pub(crate) fn stride(&self) -> u64 {
         u64::from(self.cb_block).saturating_add(u64::from(self.cb_block_extra))
@@ -384,11 +406,16 @@ impl Header {
                 .found(format!("{} blocks of {} bytes", self.c_blocks, self.cb_block))
                 .allowed(format!("enough for cbDisk = {}", self.cb_disk)));
         }
+        Ok(())
+    }
+
+    /// The counter must be one that a map can have.
+    pub(crate) fn check_counter(&self) -> Result<()> {
         if self.c_blocks_allocated > self.c_blocks {
             return Err(bad(
                 Code::Range,
                 "cBlocksAllocated",
-                places.c_blocks_allocated,
+                self.counter_at(),
                 "more blocks are allocated than the disk has",
             )
             .found(self.c_blocks_allocated)
@@ -457,6 +484,7 @@ mod tests {
         assert_eq!(std::mem::offset_of!(Header11, lchs), 0x1C8);
         assert_eq!(std::mem::offset_of!(Header11, off_blocks), PLACES_1_1.off_blocks as usize);
         assert_eq!(std::mem::offset_of!(Header11, c_blocks_allocated), 0x184);
+        assert_eq!(std::mem::offset_of!(Header11, uuid_modify), UUID_MODIFY_AT as usize);
         assert_eq!(std::mem::offset_of!(Header02, c_blocks), PLACES_0_2.c_blocks as usize);
         assert_eq!(std::mem::offset_of!(Header02, cb_block), PLACES_0_2.cb_block as usize);
         assert_eq!(std::mem::offset_of!(Header02, uuid_linkage), PLACES_0_2.uuid_linkage as usize);

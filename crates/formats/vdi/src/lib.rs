@@ -14,6 +14,9 @@
 //! A differencing image names no file: it knows its parent by UUID only, and by a second UUID the state of the parent
 //! at the time when the child was made.
 //!
+//! Written in place, an image stays dense: the last block moves into the hole that a discarded one leaves, and the file
+//! ends with its last block. Data is durable before the entry that points to it, and so is the counter.
+//!
 //! The map of a large disk is large (256 MiB for 64 TiB), so it is never held whole: it is read in pages through the
 //! table cache and written a page at a time.
 
@@ -38,14 +41,22 @@
     )
 )]
 
+mod alloc;
+mod check;
 mod create;
 mod header;
+mod layout;
 mod map;
 mod open;
+mod scan;
+mod session;
+mod slots;
+mod write;
 
 use std::sync::Arc;
 use vellum_core::{
-    BoxFuture, Confidence, CreateRequest, Format, Image, ImageWriter, OpenRequest, OptionSpec, Result, Sample,
+    BoxFuture, CheckReport, CheckRequest, Confidence, CreateRequest, Format, Image, ImageWriter, OpenRequest,
+    OptionSpec, Result, Sample,
 };
 
 /// The driver of VDI images.
@@ -81,5 +92,8 @@ impl Format for Vdi {
     }
     fn create(&self, request: CreateRequest) -> BoxFuture<'static, Result<Box<dyn ImageWriter>>> {
         Box::pin(create::create(request))
+    }
+    fn check(&self, request: CheckRequest) -> BoxFuture<'static, Result<CheckReport>> {
+        Box::pin(check::check(request))
     }
 }

@@ -1,43 +1,41 @@
 //! Lookup: from guest offsets to places in the file, through cached pages of the block map.
 
 use crate::header::{FORMAT, FREE, Header, ZERO};
+use crate::layout::{Entries, Layout};
+use crate::write::Writer;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vellum_core::storage::past_end;
 use vellum_core::{
     BoxFuture, Code, Error, Events, Extent, Image, ImageInfo, Lookup, OpenRequest, Result, Storage,
-    TableCache, bytes,
+    TableCache, WritableImage, bytes,
 };
 
-/// Bytes of a page of the map: 16384 entries, 16 GiB of guest data with blocks of 1 MiB.
-const PAGE: u64 = 64 << 10;
+/// Least table cache of an image that is written: half may be dirty, and one more page and the header must fit.
+const TABLE_BYTES_MIN: usize = 512 << 10;
 
 /// An open image.
 pub(crate) struct VdiImage {
-    info: ImageInfo,
-    storages: [Arc<dyn Storage>; 1],
-    table: TableCache,
-    layout: Layout,
-    events: Events,
-    warned: AtomicBool,
-}
-
-/// Where things lie. All numbers were checked against each other and the file by `header::parse`.
-struct Layout {
-    off_blocks: u64,
-    off_data: u64,
-    block: u64,
-    extra: u64,
-    stride: u64,
-    allocated: u32,
-    blocks: u32,
-    file_len: u64,
+    pub(crate) info: ImageInfo,
+    pub(crate) storages: [Arc<dyn Storage>; 1],
+    /// Pages of the map and, while the image is written, the sector of the header.
+    pub(crate) table: TableCache,
+    pub(crate) layout: Layout,
+    /// Grows and shrinks with the image.
+    pub(crate) file_len: AtomicU64,
+    pub(crate) events: Events,
+    /// `cBlocksAllocated` as it was when the image was opened.
+    counter: u32,
+    /// A counter that is behind was told of, or is ours and always right.
+    pub(crate) knows_counter: AtomicBool,
+    /// There if the image was opened for writing.
+    pub(crate) writer: Option<Writer>,
 }
 
 /// What the first entry of a run says; later entries continue it or end it.
 #[derive(Clone, Copy)]
-enum Run {
+pub(crate) enum Run {
     Parent,
     Zero,
     /// The next index that continues the run, and where the first block's data starts.
@@ -49,56 +47,50 @@ enum Run {
 
 impl VdiImage {
     /// An image with the header's layout over the request's storage.
-    pub(crate) fn new(request: OpenRequest, info: ImageInfo, header: &Header, file_len: u64) -> Self {
-        let layout = Layout {
-            off_blocks: header.off_blocks,
-            off_data: header.off_data,
-            block: header.cb_block.into(),
-            extra: header.cb_block_extra.into(),
-            stride: header.stride(),
-            allocated: header.c_blocks_allocated,
-            blocks: header.c_blocks,
-            file_len,
-        };
-        let table = TableCache::new(request.storage.clone(), request.limits.table_cache_bytes);
-        let (events, warned) = (request.events, AtomicBool::new(false));
-        VdiImage { info, storages: [request.storage], table, layout, events, warned }
+    pub(crate) fn new(request: OpenRequest, info: ImageInfo, header: &Header, file_len: u64) -> Result<Self> {
+        let layout = Layout::new(header, info.virtual_size, file_len)?;
+        // A change needs the page of the map and the header at once.
+        let budget = request.limits.table_cache_bytes.max(if request.write { TABLE_BYTES_MIN } else { 0 });
+        let table = TableCache::new(request.storage.clone(), budget);
+        let writer = request.write.then(|| Writer::new(&request, header));
+        Ok(VdiImage {
+            info,
+            storages: [request.storage],
+            table,
+            layout,
+            file_len: AtomicU64::new(file_len),
+            events: request.events,
+            counter: header.c_blocks_allocated,
+            knows_counter: AtomicBool::new(false),
+            writer,
+        })
     }
 
-    /// The page that holds the entry of `block`: byte offset of the page, and of the entry.
-    fn page_of(&self, block: u64) -> Result<(u64, u64)> {
-        let at = bytes::add(self.layout.off_blocks, bytes::mul(block, 4)?)?;
-        Ok((bytes::sub(at, bytes::rem(at, PAGE)?)?, at))
+    /// The entries of the map from that of `block` to the end of its page.
+    pub(crate) async fn entries(&self, block: u64) -> Result<Entries> {
+        let (key, len, at) = self.layout.page_of(block)?;
+        Ok(Entries { key, at: bytes::wide(at), page: self.table.load(key, len).await? })
     }
 
     /// Where the data of `entry` starts, checked for guest block `block`.
-    fn place(&self, block: u64, entry: u32) -> Result<u64> {
-        let layout = &self.layout;
-        let start = bytes::mul(entry.into(), layout.stride)?;
-        let start = bytes::add(bytes::add(layout.off_data, start)?, layout.extra)?;
-        let guest = bytes::mul(block, layout.block)?;
-        let visible = layout.block.min(self.info.virtual_size.saturating_sub(guest));
-        let code = if start >= layout.file_len {
-            Code::OutOfFile
-        } else if entry >= layout.blocks {
-            Code::Corrupt
-        } else if bytes::add(start, visible)? > layout.file_len {
-            Code::Truncated
-        } else {
-            if entry >= layout.allocated {
-                self.warn_of_counter();
+    fn data_at(&self, block: u64, entry: u32) -> Result<u64> {
+        match self.layout.check(block, entry, self.file_len.load(Ordering::Acquire)) {
+            Ok(start) => {
+                if entry >= self.counter {
+                    self.warn_of_counter();
+                }
+                Ok(start)
             }
-            return Ok(start);
-        };
-        Err(self.bad_entry(code, block, entry))
+            Err(code) => Err(self.bad_entry(code, block, entry)),
+        }
     }
 
     /// A crash between map and header leaves the counter behind (24 of 72 states of QEMU's writer). It is advisory;
     /// what it says is no reason to withhold data that is there.
     #[cold]
     fn warn_of_counter(&self) {
-        if !self.warned.swap(true, Ordering::Relaxed) {
-            let allocated = self.layout.allocated;
+        if !self.knows_counter.swap(true, Ordering::Relaxed) {
+            let allocated = self.counter;
             self.events.warn(&format!(
                 "{}: the map has blocks past cBlocksAllocated ({allocated}), as a crash of the writer leaves it; they are read",
                 self.info.name
@@ -107,7 +99,7 @@ impl VdiImage {
     }
 
     #[cold]
-    fn bad_entry(&self, code: Code, block: u64, entry: u32) -> Error {
+    pub(crate) fn bad_entry(&self, code: Code, block: u64, entry: u32) -> Error {
         let (message, hint) = match code {
             Code::OutOfFile => (
                 "a block lies past the end of the file",
@@ -122,17 +114,16 @@ impl VdiImage {
                 "the map is damaged: restore a backup, or copy what else can be read",
             ),
         };
-        let at = self.page_of(block).map_or(self.layout.off_blocks, |(_, at)| at);
         Error::new(code, message)
             .image(&self.info.name)
             .format(FORMAT)
             .field("block map entry")
-            .at(at)
+            .at(self.layout.entry_at(block))
             .found(format!("block {entry} for guest block {block}"))
             .allowed(format!(
                 "0 to {} in a file of {} bytes, FREE, ZERO",
                 i64::from(self.layout.blocks).saturating_sub(1),
-                self.layout.file_len
+                self.file_len.load(Ordering::Acquire)
             ))
             .hint(hint)
     }
@@ -141,7 +132,7 @@ impl VdiImage {
         match entry {
             FREE => Ok(Run::Parent),
             ZERO => Ok(Run::Zero),
-            _ => Ok(Run::Data { next: entry.saturating_add(1), offset: self.place(block, entry)? }),
+            _ => Ok(Run::Data { next: entry.saturating_add(1), offset: self.data_at(block, entry)? }),
         }
     }
 
@@ -152,7 +143,7 @@ impl VdiImage {
             Run::Zero => (entry == ZERO).then_some(run),
             Run::Data { next, offset } => {
                 // With private data between them, neighbours in the file are not neighbours on the disk.
-                let continues = entry == next && self.layout.extra == 0 && self.place(block, entry).is_ok();
+                let continues = entry == next && self.layout.extra == 0 && self.data_at(block, entry).is_ok();
                 continues.then_some(Run::Data { next: next.saturating_add(1), offset })
             }
         }
@@ -163,10 +154,9 @@ impl VdiImage {
         let mut run: Option<Run> = None;
         let mut block = first;
         while block < last {
-            let (key, at) = self.page_of(block)?;
+            let (key, _, at) = self.layout.page_of(block)?;
             let Some(page) = self.table.get(key) else { break };
-            let entries = page.get(bytes::index(bytes::sub(at, key)?)?..).unwrap_or_default();
-            let (entries, _) = entries.as_chunks::<4>();
+            let (entries, _) = page.get(at..).unwrap_or_default().as_chunks::<4>();
             if entries.is_empty() {
                 break;
             }
@@ -186,6 +176,25 @@ impl VdiImage {
         }
         Ok(run.map(|run| (run, block)))
     }
+
+    /// What the map says of the start of `range` (clipped to the disk), and for how many bytes; `None` if not cached.
+    pub(crate) fn find(&self, range: Range<u64>) -> Result<Option<(u64, Run)>> {
+        let end = range.end.min(self.info.virtual_size);
+        if range.start >= end {
+            return Err(past_end(&self.info.name, range.start, 0, self.info.virtual_size));
+        }
+        let block = self.layout.block;
+        let last = bytes::div_ceil(end, block)?;
+        let Some((run, stop)) = self.run(bytes::div(range.start, block)?, last)? else { return Ok(None) };
+        let len = bytes::sub(bytes::mul(stop, block)?.min(end), range.start)?;
+        let run = match run {
+            Run::Data { next, offset } => {
+                Run::Data { next, offset: bytes::add(offset, bytes::rem(range.start, block)?)? }
+            }
+            other => other,
+        };
+        Ok(Some((len, run)))
+    }
 }
 
 impl Image for VdiImage {
@@ -197,31 +206,24 @@ impl Image for VdiImage {
     }
 
     fn map(&self, range: Range<u64>) -> Result<Lookup> {
-        let end = range.end.min(self.info.virtual_size);
-        if range.start >= end {
-            return Err(past_end(&self.info.name, range.start, 0, self.info.virtual_size));
-        }
-        let block = self.layout.block;
-        let first = bytes::div(range.start, block)?;
-        let last = bytes::div_ceil(end, block)?;
-        let Some((run, stop)) = self.run(first, last)? else { return Ok(Lookup::Miss) };
-        let len = bytes::sub(bytes::mul(stop, block)?.min(end), range.start)?;
+        let Some((len, run)) = self.find(range)? else { return Ok(Lookup::Miss) };
         let extent = match run {
             Run::Parent => Extent::Parent,
             Run::Zero => Extent::Zero,
-            Run::Data { offset, .. } => {
-                Extent::Raw { storage: 0, offset: bytes::add(offset, bytes::rem(range.start, block)?)? }
-            }
+            Run::Data { offset, .. } => Extent::Raw { storage: 0, offset },
         };
         Ok(Lookup::Found { len, extent })
     }
 
     fn load(&self, range: Range<u64>) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            let (key, _) = self.page_of(bytes::div(range.start, self.layout.block)?)?;
-            let len = PAGE.min(bytes::sub(self.layout.file_len, key)?);
-            self.table.load(key, bytes::index(len)?).await?;
+            let (key, len, _) = self.layout.page_of(bytes::div(range.start, self.layout.block)?)?;
+            self.table.load(key, len).await?;
             Ok(())
         })
+    }
+
+    fn writable(&self) -> Option<&dyn WritableImage> {
+        self.writer.as_ref().map(|_| -> &dyn WritableImage { self })
     }
 }

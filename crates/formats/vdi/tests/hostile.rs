@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
-use common::{image_of, open_vdi, put32};
+use common::{guest, image_of, open_vdi, put32};
 use proptest::prelude::*;
 use vellum_conformance::format::{Model, Recipe, read_all};
 use vellum_core::{Buf, Code, Error, Storage, block_on};
@@ -244,6 +244,31 @@ fn version_0_2_is_read() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever the bytes: writing is refused, or it works and what others wrote stays; a repair leaves no error.
+    #[test]
+    fn forged_images_are_written_or_refused_and_mended(
+        changes in prop::collection::vec(
+            (prop_oneof![1 => 0x40usize..0x1D8, 3 => MAP..MAP + 40], prop_oneof![any::<u32>(), 0u32..4, Just(u32::MAX)]),
+            1..4,
+        ),
+        cut in prop_oneof![4 => Just(usize::MAX), 1 => (2usize << 20)..(2 << 20) + 9000],
+        more in prop_oneof![3 => Just(0usize), 1 => 1usize..20_000],
+    ) {
+        let mut bytes = GOOD.with(Clone::clone);
+        for (at, value) in changes {
+            put32(&mut bytes, at, value);
+        }
+        bytes.truncate(cut);
+        bytes.resize(bytes.len() + more, 0xee);
+        write_to(&bytes, false);
+        write_to(&bytes, true);
+        mend(&bytes);
+    }
+}
+
+proptest! {
     #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Whatever the bytes: an error or data, no panic, no other file, no change.
@@ -277,4 +302,61 @@ fn try_hostile(bytes: &[u8]) -> Result<(), Error> {
     assert!(!pieces.is_empty() || disk.size() == 0);
     let (_, result) = disk.read_at(Buf::zeroed(disk.size().min(1 << 20) as usize), 0).wait();
     result
+}
+
+/// Writes to a forged image: an error, or nothing else changes.
+fn write_to(bytes: &[u8], insist: bool) {
+    let files = MemoryFiles::new();
+    files.put("evil.vdi", bytes);
+    let resolver: std::sync::Arc<dyn vellum_core::Resolver> = files.clone();
+    let flags = vellum_core::OpenFlags { discard: true, ..Default::default() };
+    let opened = match insist {
+        true => guest::open_insisting(&resolver, "evil.vdi"),
+        false => guest::open_writable(&resolver, "evil.vdi", flags, 1),
+    };
+    assert!(files.get("evil.vdi").unwrap().to_vec() == bytes, "opening changes nothing");
+    let Ok(disk) = opened else { return };
+    let size = disk.size().min(40 << 10);
+    if size < 1024 {
+        return;
+    }
+    let read = |at: u64, len: u64| {
+        let (buf, result) = disk.read_at(Buf::zeroed(len as usize), at).wait();
+        result.map(|()| buf.to_vec())
+    };
+    let sectors =
+        |disk_size: u64| (0..disk_size / 512).map(|sector| read(sector * 512, 512).ok()).collect::<Vec<_>>();
+    let before = sectors(size);
+    let (_, written) = disk.write(Buf::copy_of(&[0xab; 512]), size / 1024 * 512, Default::default()).wait();
+    if written.is_err() {
+        return;
+    }
+    if !insist {
+        // Nobody else's bytes changed.
+        for (sector, (old, new)) in before.iter().zip(sectors(size)).enumerate() {
+            let expected = if sector as u64 == size / 1024 { Some(vec![0xab; 512]) } else { old.clone() };
+            assert!(new == expected, "sector {sector}");
+        }
+    }
+    let _ = disk.discard_range(0..size).wait();
+    let _ = disk.write(Buf::copy_of(&[0xac; 512]), 0, Default::default()).wait();
+    let _ = disk.flush_all().wait();
+    let closed = disk.close().wait();
+    if !insist && closed.is_ok() {
+        let report = guest::check(&resolver, "evil.vdi").unwrap();
+        assert_eq!(report.errors, 0, "{:?}", guest::findings(&report));
+    }
+    assert!(files.get("evil.vdi").unwrap().len().unwrap() < 1 << 40);
+}
+
+/// Checks a forged image and carries the plan out: no error is left, unless the header makes no sense.
+fn mend(bytes: &[u8]) {
+    let memory = std::sync::Arc::new(vellum_core::Memory::from_bytes("evil.vdi", bytes));
+    let Ok(report) = block_on(guest::check_storage(memory.clone())) else { return };
+    if report.errors > 0 && report.fixes.is_empty() {
+        return;
+    }
+    guest::repair(&report);
+    let again = block_on(guest::check_storage(memory)).unwrap();
+    assert_eq!((again.errors, again.fixes.len()), (0, 0), "{:?}", guest::findings(&again));
 }

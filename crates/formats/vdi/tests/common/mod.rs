@@ -1,6 +1,9 @@
 //! What the tests of this crate share.
 #![allow(dead_code, unused_imports)]
 
+pub mod counting;
+pub mod guest;
+
 use std::sync::Arc;
 use vellum_conformance::format::{Model, Recipe, open_with, write_image};
 pub use vellum_conformance::peers::{Directory, run};
