@@ -1,149 +1,44 @@
 //! Simulated storage for tests.
 //!
-//! [`MemoryFiles`] is a whole directory tree in memory behind the [`Resolver`] trait. It records every call, so that
-//! a test can assert which files were touched, and it refuses what a resolver must refuse.
+//! ```text
+//!   MemoryFiles   files in memory; records which were touched                       memory_files.rs
+//!   SimFiles      files that record every operation, fail on demand and complete
+//!                 operations late and out of order, as a seed says                  files.rs, disk.rs, fault.rs
+//!     Trace       what was done, in the order of issue and of completion            trace.rs
+//!       Crash     what a power loss at a moment may leave: states by mask           crash.rs, mask.rs
+//!   Oracle        what each sector may hold after a power loss                      oracle.rs, request.rs, sector.rs
+//!   FileSet, Content   the bytes, shared by all states (copy-on-write)              trace.rs, content.rs
+//! ```
+//!
+//! The model of the disk (RELIABILITY.md section 3.1): operations between two flushes may persist in any subset, each
+//! torn at 512 bytes; the length of a file is separate from its content; names are durable after the directory is
+//! synchronised. A flush that fails saves nothing, and what was written before it may be lost for good.
 
 #![forbid(unsafe_code)]
 
-use parking_lot::Mutex;
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use vellum_core::{
-    Access, Asker, Code, Completion, Error, Location, Memory, Opened, Resolver, Result, Storage,
-};
+mod content;
+mod crash;
+mod disk;
+mod fault;
+mod files;
+mod mask;
+mod memory_files;
+mod names;
+mod oracle;
+mod random;
+mod request;
+mod sector;
+mod trace;
 
-/// Files in memory. Locations are plain paths with `/`.
-#[derive(Default)]
-pub struct MemoryFiles {
-    files: Mutex<BTreeMap<String, Arc<Memory>>>,
-    calls: Mutex<Vec<String>>,
-}
-
-impl MemoryFiles {
-    /// No files.
-    pub fn new() -> Arc<Self> {
-        Arc::default()
-    }
-
-    /// Puts a file with `bytes` in place.
-    pub fn put(&self, path: &str, bytes: &[u8]) -> Arc<Memory> {
-        let file = Arc::new(Memory::from_bytes(path, bytes));
-        self.files.lock().insert(path.to_owned(), file.clone());
-        file
-    }
-
-    /// The file at `path`.
-    pub fn get(&self, path: &str) -> Option<Arc<Memory>> {
-        self.files.lock().get(path).cloned()
-    }
-
-    /// All paths.
-    pub fn paths(&self) -> Vec<String> {
-        self.files.lock().keys().cloned().collect()
-    }
-
-    /// Every call so far: `open disk.vmdk`, `create disk.vdi.part`, ...
-    pub fn calls(&self) -> Vec<String> {
-        self.calls.lock().clone()
-    }
-
-    fn note(&self, call: String) {
-        self.calls.lock().push(call);
-    }
-
-    fn resolve(&self, name: &str, asker: &Asker) -> Result<String> {
-        let of = match asker {
-            Asker::User => return Ok(name.to_owned()),
-            Asker::Parent { of } | Asker::Part { of } => of,
-        };
-        if name.contains('\0') {
-            return Err(Error::new(Code::NulInName, "the name holds a NUL byte").image(of));
-        }
-        let scheme = name.split(['/', '\\']).next().is_some_and(|first| first.contains(':'));
-        if scheme || name.starts_with("//") || name.starts_with("\\\\") {
-            return Err(
-                Error::new(Code::RemoteRef, "the image names something that is not a local file").image(of)
-            );
-        }
-        let name = name.replace('\\', "/");
-        let name = name.trim_start_matches("./");
-        if name.starts_with('/') || name.split('/').any(|part| part == "..") {
-            return Err(
-                Error::new(Code::PathEscape, "the image names a file outside its directory").image(of)
-            );
-        }
-        Ok(join(directory(&of.0), name))
-    }
-}
-
-fn directory(path: &str) -> &str {
-    path.rsplit_once('/').map_or("", |(directory, _)| directory)
-}
-
-fn join(directory: &str, name: &str) -> String {
-    if directory.is_empty() { name.to_owned() } else { format!("{directory}/{name}") }
-}
-
-fn not_found(path: &str) -> Error {
-    Error::new(Code::NotFound, "no such file").image(path)
-}
-
-impl Resolver for MemoryFiles {
-    fn open(&self, name: &str, asker: &Asker, _access: Access) -> Completion<Result<Opened>> {
-        self.note(format!("open {name}"));
-        Completion::ready(self.resolve(name, asker).and_then(|path| {
-            let storage = self.get(&path).ok_or_else(|| not_found(&path))?;
-            Ok(Opened { storage, location: Location(path) })
-        }))
-    }
-
-    fn create(&self, location: &Location, replace: bool) -> Completion<Result<Arc<dyn Storage>>> {
-        self.note(format!("create {location}"));
-        if !replace && self.get(&location.0).is_some() {
-            return Completion::ready(Err(Error::new(Code::Exists, "the file exists").image(location)));
-        }
-        let storage: Arc<dyn Storage> = self.put(&location.0, &[]);
-        Completion::ready(Ok(storage))
-    }
-
-    fn rename(&self, from: &Location, to: &Location) -> Completion<Result<()>> {
-        self.note(format!("rename {from} {to}"));
-        let mut files = self.files.lock();
-        Completion::ready(match files.remove(&from.0) {
-            None => Err(not_found(&from.0)),
-            Some(file) => {
-                files.insert(to.0.clone(), file);
-                Ok(())
-            }
-        })
-    }
-
-    fn delete(&self, location: &Location) -> Completion<Result<()>> {
-        self.note(format!("delete {location}"));
-        let removed = self.files.lock().remove(&location.0);
-        Completion::ready(removed.map(|_| ()).ok_or_else(|| not_found(&location.0)))
-    }
-
-    fn exists(&self, location: &Location) -> Completion<Result<bool>> {
-        Completion::ready(Ok(self.get(&location.0).is_some()))
-    }
-
-    fn sync_directory(&self, location: &Location) -> Completion<Result<()>> {
-        self.note(format!("sync {}", directory(&location.0)));
-        Completion::ready(Ok(()))
-    }
-
-    fn siblings(&self, location: &Location) -> Completion<Result<Vec<Location>>> {
-        let own = directory(&location.0);
-        let paths = self.paths().into_iter().filter(|path| directory(path) == own && *path != location.0);
-        Completion::ready(Ok(paths.map(Location).collect()))
-    }
-
-    fn beside(&self, location: &Location, file_name: &str) -> Location {
-        Location(join(directory(&location.0), file_name))
-    }
-
-    fn file_name(&self, location: &Location) -> String {
-        location.0.rsplit('/').next().unwrap_or_default().to_owned()
-    }
-}
+pub use content::{Content, SECTOR, hash_of, mix};
+pub use crash::{Crash, Member};
+pub use disk::SimDisk;
+pub use fault::{Fault, FaultKind, FaultOn};
+pub use files::SimFiles;
+pub use mask::{Depth, Mask, Part, masks};
+pub use memory_files::MemoryFiles;
+pub use oracle::{Allowed, Oracle};
+pub use random::Random;
+pub use request::{Request, RequestKind};
+pub use sector::{Tag, sector_bytes};
+pub use trace::{Event, FileId, FileSet, Op, OpKind, Trace};
