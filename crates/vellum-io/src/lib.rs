@@ -3,6 +3,7 @@
 //! ```text
 //!   LocalFiles   a Resolver: names to files, and what an image may name         resolver.rs, names.rs
 //!     LocalFile  a Storage over one file or block device                        file.rs, open.rs
+//!       locks    that keep other processes out, QEMU too                        lock.rs, holder.rs
 //!       inline   on the thread that asks                                        raw.rs, change.rs, holes.rs, copy.rs
 //!       pool     on threads of this crate                                       threads.rs
 //!       uring    by io_uring, one ring and one reaping thread                   uring.rs
@@ -22,7 +23,7 @@
 //! Operations own their buffer and the open file until the kernel is done with both; dropping a completion abandons
 //! the answer only. Files are never mapped into memory: a file that shrinks gives an error, not a signal.
 //!
-//! `unsafe` is allowed in two modules: `uring.rs` (the ring) and `sys.rs` (two system calls that `rustix` lacks).
+//! `unsafe` is allowed in two modules: `uring.rs` (the ring) and `sys.rs` (three system calls that `rustix` lacks).
 
 #![deny(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
@@ -32,7 +33,9 @@ mod context;
 mod copy;
 mod file;
 mod gate;
+mod holder;
 mod holes;
+mod lock;
 mod names;
 mod open;
 mod pending;
@@ -45,6 +48,7 @@ mod uring;
 
 pub use context::{ContextOptions, Driver, IoContext};
 pub use file::LocalFile;
+pub use lock::LockMode;
 pub use open::{Create, OpenOptions};
 pub use policy::FilePolicy;
 pub use resolver::LocalFiles;

@@ -5,11 +5,10 @@
 
 use crate::context::{Driver, IoContext};
 use crate::file::LocalFile;
+use crate::lock::{self, LockMode};
 use crate::raw::{Direct, FileKind, RawFile, os};
-use rustix::fd::{AsRawFd, OwnedFd};
-use rustix::fs::{
-    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, Stat, StatxFlags, flock, fstat, openat, statx,
-};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat, StatxFlags, fstat, openat, statx};
 use rustix::io::{Errno, retry_on_intr};
 use std::path::{Path, PathBuf};
 use vellum_core::{BUF_ALIGN, Code, Error, Events, Result};
@@ -33,14 +32,24 @@ pub struct OpenOptions {
     pub write: bool,
     /// Whether the file may be made.
     pub create: Create,
-    /// No other Vellum may write the file as long as this handle lives (`LOCKED` if one does). Advisory, by `flock`.
-    pub exclusive: bool,
+    /// How users of the file in other processes (and other handles in this one) are kept out as long as this handle
+    /// lives. `LOCKED` if one is there already.
+    pub lock: LockMode,
     /// Go around the page cache (`O_DIRECT`). Where the file system cannot, a warning says so and the cache is used.
     pub direct: bool,
     /// Who carries requests out.
     pub driver: Driver,
     /// Threads and ring; those that all files share if `None`.
     pub context: Option<IoContext>,
+}
+
+impl OpenOptions {
+    fn warn(&self, message: &str) {
+        match &self.context {
+            Some(context) => context.events().warn(message),
+            None => Events::default().warn(message),
+        }
+    }
 }
 
 impl LocalFile {
@@ -143,20 +152,14 @@ impl Found {
         let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
         let doing = if write { "opening for writing" } else { "opening" };
         let fd = self.descriptor(access).map_err(|e| os(&name, e, doing))?;
-        if write && options.exclusive {
-            lock(&fd, &name)?;
-        }
+        self.lock(&fd, &name, write, options)?;
         let direct = match options.direct {
             false => None,
             true => {
                 let direct = self.descriptor(access | OFlags::DIRECT);
                 let direct = direct.ok().and_then(|fd| around_the_cache(fd, kind));
                 if direct.is_none() {
-                    let message = format!("{name}: direct I/O is not possible here; using the page cache");
-                    match &options.context {
-                        Some(context) => context.events().warn(&message),
-                        None => Events::default().warn(&message),
-                    }
+                    options.warn(&format!("{name}: direct I/O is not possible here; using the page cache"));
                 }
                 direct
             }
@@ -164,16 +167,16 @@ impl Found {
         let file = RawFile::new(name, fd, direct, kind, write)?;
         Ok(LocalFile::new(file, options.driver, options.context.as_ref()))
     }
-}
 
-/// Keeps other writers out until the descriptor is closed. Where there are no locks (some network file systems), nobody
-/// is kept out.
-fn lock(fd: &OwnedFd, name: &str) -> Result<()> {
-    match retry_on_intr(|| flock(fd, FlockOperation::NonBlockingLockExclusive)) {
-        Err(Errno::WOULDBLOCK) => Err(Error::new(Code::Locked, "another vellum is writing this file")
-            .image(name)
-            .hint("wait until it has ended, or choose another target")),
-        _ => Ok(()),
+    /// Keeps others out until `fd` is closed.
+    fn lock(&self, fd: &OwnedFd, name: &str, write: bool, options: &OpenOptions) -> Result<()> {
+        if options.lock == LockMode::Normal || (write && options.lock != LockMode::None) {
+            lock::check_vmware(&self.canonical().unwrap_or_else(|_| self.path.clone()), name)?;
+        }
+        if let Some(warning) = lock::take(fd.as_fd(), name, write, options.lock)? {
+            options.warn(&warning);
+        }
+        Ok(())
     }
 }
 

@@ -35,8 +35,7 @@ impl LocalFiles {
     }
 
     fn options(&self, access: Access, create: Create) -> OpenOptions {
-        let exclusive = access.write || create != Create::No;
-        OpenOptions { write: access.write, create, exclusive, ..self.options.clone() }
+        OpenOptions { write: access.write, create, ..self.options.clone() }
     }
 
     fn open_for_user(&self, name: &str, access: Access) -> Result<Opened> {
@@ -80,9 +79,11 @@ impl LocalFiles {
             Asker::User => self.open_for_user(name, access),
             Asker::Parent { of } | Asker::Part { of } => {
                 self.open_for_image(name, of, access).map_err(|error| {
-                    // A missing file is about that file; a refusal is about the image that asked.
-                    let about =
-                        if error.code() == Code::NotFound { error } else { error.image(of).found(name) };
+                    // A missing or locked file is about that file; a refusal is about the image that asked.
+                    let about = match error.code() {
+                        Code::NotFound | Code::Locked => error,
+                        _ => error.image(of).found(name),
+                    };
                     let what = if matches!(asker, Asker::Parent { .. }) { "parent" } else { "part" };
                     about.context(format!("opening {name:?}, which {of} names as its {what}"))
                 })
@@ -164,6 +165,14 @@ impl Resolver for LocalFiles {
 
     fn file_name(&self, location: &Location) -> String {
         location.0.rsplit('/').next().unwrap_or(&location.0).to_owned()
+    }
+
+    fn relative(&self, from: &Location, to: &Location) -> Option<String> {
+        let (from, to) = (names::from_user(&from.0).ok()?, names::from_user(&to.0).ok()?);
+        let canonical_directory = |path: &Path| std::fs::canonicalize(parent(path)).ok();
+        let directory = canonical_directory(&from)?;
+        let below = canonical_directory(&to)?.join(to.file_name()?);
+        below.strip_prefix(directory).ok()?.to_str().map(str::to_owned)
     }
 }
 

@@ -5,7 +5,7 @@ mod common;
 use common::{DRIVERS, Mounted, fresh, or_say_so, scratch};
 use std::path::Path;
 use vellum_core::{Buf, Code, CopyMode, Memory, Offloaded, Preallocate, Storage, WriteFlags};
-use vellum_io::{Driver, LocalFile, OpenOptions};
+use vellum_io::{Driver, LocalFile, LockMode, OpenOptions};
 
 const LEN: u64 = (4 << 20) + 1000;
 
@@ -115,7 +115,8 @@ fn impossible_copies_are_refused_not_half_done() {
     // A file onto itself, overlapping.
     let outcome = from.copy_from(&from, 0, 100, 1000, CopyMode::InKernel).wait().unwrap();
     assert_eq!(outcome, Offloaded::Cannot);
-    let read_only = LocalFile::open(&path, &OpenOptions::default()).unwrap();
+    let unlocked = OpenOptions { lock: LockMode::None, ..OpenOptions::default() };
+    let read_only = LocalFile::open(&path, &unlocked).unwrap();
     let error = read_only.copy_from(&from, 0, 0, 10, CopyMode::InKernel).wait().unwrap_err();
     assert_eq!(error.code(), Code::Permission);
 }

@@ -6,7 +6,7 @@ use common::{DRIVERS, LoopDevice, Mounted, fresh, options, or_say_so, scratch};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vellum_core::{Buf, Code, Preallocate, Status, Storage, WriteFlags, ZeroMode};
-use vellum_io::{ContextOptions, Create, Driver, IoContext, LocalFile, OpenOptions};
+use vellum_io::{ContextOptions, Create, Driver, IoContext, LocalFile, LockMode, OpenOptions};
 
 fn write(file: &LocalFile, bytes: &[u8], offset: u64) {
     file.write_at(Buf::copy_of(bytes), offset, WriteFlags::default()).wait().1.unwrap();
@@ -327,24 +327,11 @@ fn identity_time_and_writeback() {
     file.start_writeback(7..7);
     file.start_writeback(0..u64::MAX);
     std::fs::hard_link(&path, &link).unwrap();
-    let same = LocalFile::open(&link, &OpenOptions::default()).unwrap();
+    let unlocked = OpenOptions { lock: LockMode::None, ..OpenOptions::default() };
+    let same = LocalFile::open(&link, &unlocked).unwrap();
     assert_eq!(file.id(), same.id());
     assert_ne!(file.id(), fresh(&scratch.path().join("b"), Driver::Pool, false).id());
     let before = file.modified_ns().unwrap();
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
     assert!(now.abs_diff(before) < 60_000_000_000, "{before} is not within a minute of {now}");
-}
-
-#[test]
-fn an_exclusive_writer_keeps_others_out_until_it_ends() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("disk.raw.part");
-    let options = OpenOptions { create: Create::Replace, exclusive: true, ..OpenOptions::default() };
-    let first = LocalFile::open(&path, &options).unwrap();
-    first.write_at(Buf::copy_of(b"mine"), 0, WriteFlags::default()).wait().1.unwrap();
-    let error = LocalFile::open(&path, &options).err().unwrap();
-    assert_eq!(error.code(), Code::Locked);
-    assert_eq!(first.len().unwrap(), 4, "the second did not empty it");
-    drop(first);
-    assert_eq!(LocalFile::open(&path, &options).unwrap().len().unwrap(), 0);
 }
