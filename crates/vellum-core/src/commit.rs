@@ -122,9 +122,12 @@ impl Committer {
             for (cache, frozen) in caches.iter().zip(frozen) {
                 cache.write(frozen, rank).await?;
             }
-            for (cache, frozen) in caches.iter().zip(frozen) {
-                if frozen.has(rank) {
+            let mut flushed: Vec<&Arc<dyn Storage>> = Vec::new();
+            for (cache, _) in caches.iter().zip(frozen).filter(|(_, frozen)| frozen.has(rank)) {
+                // Two caches may stand over one file.
+                if !flushed.iter().any(|storage| Arc::ptr_eq(storage, cache.storage())) {
                     flush_at(FlushPoint::Tables, cache.storage().as_ref()).await?;
+                    flushed.push(cache.storage());
                 }
             }
         }

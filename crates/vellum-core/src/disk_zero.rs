@@ -1,7 +1,7 @@
 //! The engine that makes zeros, gives space back, and moves data into the holes that this leaves.
 
 use crate::disk_state::Writing;
-use crate::disk_write::STEP_BYTES;
+use crate::disk_write::{STEP_BYTES, progress};
 use crate::{
     Code, Discarded, Disk, Error, Hold, Intent, Placement, Result, Storage, WritableImage, ZeroMode,
 };
@@ -40,9 +40,9 @@ impl Disk {
             let last = image.hull(range.end - 1..range.end);
             let end = if is_whole(last.start, &last) { range.end } else { last.start };
             match image.discard(at..end).await? {
-                Discarded::Done(len) => at = at.saturating_add(len.max(1)).min(end),
+                Discarded::Done(len) => at = at.saturating_add(progress(len)?).min(end),
                 Discarded::Cannot(len) => {
-                    let part = at..at.saturating_add(len.max(1)).min(end);
+                    let part = at..at.saturating_add(progress(len)?).min(end);
                     at = part.end;
                     if !is_discard {
                         self.store_zeros(image, part).await?;

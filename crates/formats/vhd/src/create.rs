@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   0x000 footer copy   0x200 dynamic header   0x600 BAT, padded with 0xFF to a sector
+//!   ...   names of the parent, if it is a child, each on sectors of its own
 //!   ...   bitmap right before the next boundary of 4 KiB, data on the boundary, up to the next bitmap a gap
 //! ```
 
@@ -9,6 +10,7 @@ use crate::header::{
     ABSENT, CHS_MAX, COOKIE, DYNAMIC_COOKIE, DynamicHeader, EPOCH, FOOTER_BYTES, FORMAT, Footer,
     LocatorEntry, NOWHERE, SIZE_MAX, VERSION, bitmap_bytes,
 };
+use crate::parent::Names;
 use std::sync::Arc;
 use vellum_core::storage::write_slice;
 use vellum_core::{
@@ -31,10 +33,11 @@ const FIXED_BLOCK: u64 = 1 << 20;
 pub(crate) const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "subformat",
-        kind: OptionKind::OneOf(&["dynamic", "fixed"]),
+        kind: OptionKind::OneOf(&["dynamic", "fixed", "differencing"]),
         default: "dynamic",
         expert: false,
-        help: "dynamic grows with its content; fixed is the raw disk and a footer",
+        help: "dynamic grows with its content; fixed is the raw disk and a footer; differencing (always if a \
+               parent is given) stores what differs from the parent",
     },
     OptionSpec {
         name: "force_size",
@@ -68,6 +71,12 @@ struct Plan {
     creator: ([u8; 4], u32),
     block: u64,
     blocks: u64,
+    /// Of a child.
+    parent: Option<Names>,
+    /// Where the BAT ends: the texts of a child's locators start here.
+    table_end: u64,
+    /// Where BAT and locators end.
+    used: u64,
     /// Byte offset of the first block's bitmap.
     first: u64,
     /// Bytes from one bitmap to the next.
@@ -103,6 +112,7 @@ fn plan(request: &CreateRequest) -> Result<Plan> {
             .hint("leave compression out, or choose a format that has it (qcow2, vmdk streamOptimized)"));
     }
     let fixed = options.text("subformat", "dynamic") == "fixed";
+    let parent = parent(request, fixed)?;
     let preallocate = match options.text("preallocation", "off") {
         "falloc" => Preallocate::Falloc,
         "full" => Preallocate::Full,
@@ -139,8 +149,12 @@ fn plan(request: &CreateRequest) -> Result<Plan> {
     }
     let blocks = bytes::div_ceil(virtual_size, block)?;
     let table_end = bytes::add(TABLE_AT, bytes::align_up(bytes::mul(blocks, 4)?, 512)?)?;
+    let used = match &parent {
+        Some(names) => names.texts(table_end)?.1,
+        None => table_end,
+    };
     let bitmap = bitmap_bytes(block);
-    let first = bytes::sub(bytes::align_up(bytes::add(table_end, bitmap)?, ALIGN)?, bitmap)?;
+    let first = bytes::sub(bytes::align_up(bytes::add(used, bitmap)?, ALIGN)?, bitmap)?;
     let stride = bytes::align_up(bytes::add(bitmap, block)?, ALIGN)?;
     // BAT entries are 32-bit sector numbers: every block of a full disk must have one.
     let full = bytes::add(first, bytes::mul(blocks, stride)?)?;
@@ -151,7 +165,33 @@ fn plan(request: &CreateRequest) -> Result<Plan> {
             .allowed("a file up to 2 TiB")
             .hint("leave block_size out: with 2M every disk up to 2040 GiB fits"));
     }
-    Ok(Plan { fixed, preallocate, virtual_size, chs, creator, block, blocks, first, stride })
+    Ok(Plan {
+        fixed,
+        preallocate,
+        virtual_size,
+        chs,
+        creator,
+        block,
+        blocks,
+        parent,
+        table_end,
+        used,
+        first,
+        stride,
+    })
+}
+
+/// The names of the parent, if there is to be one.
+fn parent(request: &CreateRequest, fixed: bool) -> Result<Option<Names>> {
+    let wants_one = request.options.text("subformat", "dynamic") == "differencing";
+    match &request.parent {
+        None if wants_one => Err(usage(request, "a differencing image needs a parent")
+            .hint("name the parent, or choose subformat=dynamic")),
+        Some(_) if fixed => Err(usage(request, "a fixed image cannot have a parent")
+            .hint("leave subformat=fixed out: a child is a differencing image")),
+        Some(parent) => Names::of(parent).map(Some).map_err(|e| e.image(request.output.location())),
+        None => Ok(None),
+    }
 }
 
 /// Begins an image: fills the BAT or, if fixed, gives the file its length.
@@ -177,6 +217,11 @@ pub(crate) async fn create(request: CreateRequest) -> Result<Box<dyn ImageWriter
     } else {
         let padded = bytes::align_up(table.len_bytes(), 512)?;
         fill_range(storage, TABLE_AT, padded, 0xff).await?;
+        if let Some(names) = &plan.parent {
+            for (at, text) in names.texts(plan.table_end)?.0 {
+                write_slice(storage, at, text).await?;
+            }
+        }
         write_slice(storage, HEADER_AT, dynamic_header(&plan)?.sealed().as_bytes()).await?;
         write_slice(storage, 0, footer.as_bytes()).await?;
     }
@@ -213,7 +258,12 @@ fn footer(plan: &Plan, request: &CreateRequest) -> Result<Footer> {
         cylinders: u16::try_from(plan.chs.cylinders).unwrap_or(u16::MAX).into(),
         heads: narrow(plan.chs.heads),
         sectors_per_track: narrow(plan.chs.sectors),
-        disk_type: if plan.fixed { 2 } else { 3 }.into(),
+        disk_type: match (plan.fixed, &plan.parent) {
+            (true, _) => 2,
+            (false, None) => 3,
+            (false, Some(_)) => 4,
+        }
+        .into(),
         checksum: 0.into(),
         unique_id: unique_id.0,
         saved_state: 0,
@@ -222,7 +272,7 @@ fn footer(plan: &Plan, request: &CreateRequest) -> Result<Footer> {
 }
 
 fn dynamic_header(plan: &Plan) -> Result<DynamicHeader> {
-    Ok(DynamicHeader {
+    let mut header = DynamicHeader {
         cookie: *DYNAMIC_COOKIE,
         data_offset: NOWHERE.into(),
         table_offset: TABLE_AT.into(),
@@ -236,7 +286,11 @@ fn dynamic_header(plan: &Plan) -> Result<DynamicHeader> {
         parent_unicode_name: [0; 512],
         parent_locator: [LocatorEntry::default(); 8],
         reserved_end: [0; 256],
-    })
+    };
+    if let Some(names) = &plan.parent {
+        names.enter(&mut header, plan.table_end)?;
+    }
+    Ok(header)
 }
 
 struct VhdWriter {
@@ -275,8 +329,8 @@ impl VhdWriter {
     fn footer_at(&self) -> Result<u64> {
         match self.allocated {
             _ if self.plan.fixed => Ok(self.plan.virtual_size),
+            0 => Ok(self.plan.used),
             // Behind the last block's data, which ends on a boundary.
-            0 => bytes::align_up(self.plan.first, 512),
             count => {
                 let start = self.bitmap_at(bytes::sub(count, 1)?)?;
                 bytes::add(bytes::add(start, bytes::wide(self.bitmap.len()))?, self.plan.block)

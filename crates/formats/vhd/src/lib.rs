@@ -15,6 +15,9 @@
 //! bitmap of a block of 2 MiB is one sector, so data starts at odd places in files of most writers; our writer lets each
 //! block's *data* start on a boundary of 4 KiB, so that file systems can share it.
 //!
+//! Writing: the file grows behind its footer, never over it; a block that was freed is used again (`alloc.rs`). What is
+//! durable when stands at the head of `write.rs`.
+//!
 //! A differencing image names its parent several times: as relative and absolute path of Windows, as URL, as bare
 //! name, and by the parent's UUID, which decides.
 
@@ -39,15 +42,21 @@
     )
 )]
 
+mod alloc;
+mod check;
 mod create;
 mod header;
 mod locator;
 mod map;
 mod open;
+mod parent;
+mod survey;
+mod write;
 
 use std::sync::Arc;
 use vellum_core::{
-    BoxFuture, Confidence, CreateRequest, Format, Image, ImageWriter, OpenRequest, OptionSpec, Result, Sample,
+    BoxFuture, CheckReport, CheckRequest, Confidence, CreateRequest, Format, Image, ImageWriter, OpenRequest,
+    OptionSpec, Result, Sample,
 };
 
 /// The driver of VHD images.
@@ -81,5 +90,8 @@ impl Format for Vhd {
     }
     fn create(&self, request: CreateRequest) -> BoxFuture<'static, Result<Box<dyn ImageWriter>>> {
         Box::pin(create::create(request))
+    }
+    fn check(&self, request: CheckRequest) -> BoxFuture<'static, Result<CheckReport>> {
+        Box::pin(check::check(request))
     }
 }

@@ -1,6 +1,7 @@
 //! What a differencing image says about its parent (sheet vhd.md, section 8): names as text, in search order.
 
 use crate::header::{DynamicHeader, FORMAT, LocatorEntry, bad};
+use std::ops::Range;
 use vellum_core::storage::read_vec;
 use vellum_core::{Code, Error, ImageInfo, ParentHint, Result, Storage, Value, bytes};
 
@@ -55,6 +56,21 @@ pub(crate) async fn hints(
     }
     hints.sort_by_key(|hint| ORDER.iter().position(|field| *field == hint.field));
     Ok(hints)
+}
+
+/// Where the texts of the locators stand, with the room that is kept for them.
+pub(crate) fn places(header: &DynamicHeader) -> Vec<Range<u64>> {
+    let used = header.parent_locator.iter().filter(|entry| entry.code != [0; 4]);
+    let places = used.map(|entry| {
+        let start = entry.data_offset.get();
+        // The specification counts sectors, everybody else bytes.
+        let space = match entry.data_space.get() {
+            sectors @ 0..512 => sectors.saturating_mul(512),
+            bytes => bytes.min(LENGTH_MAX),
+        };
+        start..start.saturating_add(space.max(entry.data_length.get()).into())
+    });
+    places.filter(|place| place.start < place.end).collect()
 }
 
 /// A locator as information.

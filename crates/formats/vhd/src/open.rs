@@ -1,14 +1,16 @@
 //! Opening: the footer is found (section 9), the dynamic header checked, everything becomes information.
 
+use crate::alloc::Writing;
 use crate::header::{
     self, CHS_MAX, DYNAMIC_BYTES, DiskType, DynamicHeader, EPOCH, FOOTER_BYTES, FORMAT, Footer, bad,
 };
 use crate::locator;
-use crate::map::{Sparse, VhdImage};
-use vellum_core::storage::read_vec;
+use crate::map::{SECTOR, Sparse, Tables, VhdImage};
+use crate::survey::Survey;
+use vellum_core::storage::{read_only, read_vec};
 use vellum_core::{
-    Buf, Code, Confidence, Error, Identity, ImageInfo, OpenRequest, ParentRef, Result, Sample, Uuid, Value,
-    bytes,
+    Buf, Code, Confidence, Error, Identity, ImageInfo, OpenRequest, ParentRef, Result, Sample, Storage, Uuid,
+    Value, bytes,
 };
 use zerocopy::IntoBytes;
 
@@ -38,29 +40,51 @@ pub(crate) fn probe(sample: &Sample<'_>) -> Confidence {
 }
 
 /// A footer that can be trusted.
-struct Found {
-    footer: Footer,
+pub(crate) struct Found {
+    pub(crate) footer: Footer,
     /// Byte offset of it.
-    at: u64,
+    pub(crate) at: u64,
     /// Where data must end: the footer, or the end of the file if the footer is gone.
-    data_end: u64,
+    pub(crate) data_end: u64,
     /// Why it is not the one at the end.
-    torn: Option<String>,
+    pub(crate) torn: Option<String>,
     /// What is odd.
     warnings: Vec<String>,
 }
 
+impl Found {
+    /// A footer at byte `at` of a file of `len` bytes, whose checksum was made right.
+    pub(crate) fn mended(footer: Footer, at: u64, len: u64) -> Self {
+        let is_copy = at == 0 && len != FOOTER_BYTES;
+        Found {
+            footer,
+            at,
+            data_end: if is_copy { len } else { at },
+            torn: is_copy.then(|| "the footer at the end of the file is missing or damaged".to_owned()),
+            warnings: Vec::new(),
+        }
+    }
+
+    /// Where the footer goes when it is written anew; `used` is where the last block ends.
+    pub(crate) fn footer_at(&self, len: u64, used: u64) -> Result<u64> {
+        // What stands in the place of a torn footer is written over if it is nobody's.
+        match len.checked_sub(FOOTER_BYTES) {
+            Some(last) if self.torn.is_some() && last >= used && bytes::rem(last, SECTOR)? == 0 => Ok(last),
+            _ => bytes::align_up(self.data_end.max(used), SECTOR),
+        }
+    }
+}
+
 /// Head and tail of the file.
-struct Ends {
-    len: u64,
+pub(crate) struct Ends {
+    pub(crate) len: u64,
     head: Buf,
     tail: Buf,
     tail_at: u64,
 }
 
 impl Ends {
-    async fn read(request: &OpenRequest) -> Result<Self> {
-        let storage = request.storage.as_ref();
+    pub(crate) async fn read(storage: &dyn Storage) -> Result<Self> {
         let len = storage.len()?;
         if len < FOOTER_BYTES {
             return Err(bad(Code::Truncated, "footer", 0, "the file is shorter than a footer")
@@ -74,15 +98,20 @@ impl Ends {
         Ok(Ends { len, head, tail, tail_at })
     }
 
+    /// The copy at the start, whatever it is.
+    pub(crate) fn copy(&self) -> Option<Footer> {
+        Footer::read(&self.head)
+    }
+
     /// The footer of `size` bytes at the end.
-    fn last(&self, size: u64) -> Option<Footer> {
+    pub(crate) fn last(&self, size: u64) -> Option<Footer> {
         let at = self.len.checked_sub(size)?.checked_sub(self.tail_at)?;
         Footer::read(self.tail.get(bytes::index(at).ok()?..)?)
     }
 
     /// The footer that counts: the last 512 bytes, the last 511, the copy at the start.
-    fn footer(&self) -> Result<Found> {
-        let copy = Footer::read(&self.head);
+    pub(crate) fn footer(&self) -> Result<Found> {
+        let copy = self.copy();
         for size in [FOOTER_BYTES, OLD_FOOTER_BYTES] {
             let Some(footer) = self.last(size).filter(Footer::is_sound) else { continue };
             let at = bytes::sub(self.len, size)?;
@@ -105,7 +134,9 @@ impl Ends {
                     at: 0,
                     data_end: self.len,
                     torn: Some(torn.to_owned()),
-                    warnings: vec![format!("{torn}. Do not write to the image before it is repaired")],
+                    warnings: vec![format!(
+                        "{torn}. Writing to the image writes the footer anew, and so does `vellum repair`"
+                    )],
                 })
             }
             copy => Err(self.no_footer(copy)),
@@ -144,47 +175,108 @@ pub(crate) async fn open(request: OpenRequest) -> Result<VhdImage> {
 }
 
 async fn open_checked(request: &OpenRequest) -> Result<VhdImage> {
-    let ends = Ends::read(request).await?;
+    check_request(request)?;
+    let ends = Ends::read(request.storage.as_ref()).await?;
     let found = ends.footer()?;
     let disk_type = header::check_footer(&found.footer, found.at)?;
     let mut info = describe(request, &found, disk_type);
+    let storages = [request.storage.clone()];
+    let copy_is_sound = ends.copy().is_some_and(|copy| copy.is_sound());
     if disk_type == DiskType::Fixed {
         check_fixed(&info, &found)?;
         report(request, &mut info);
-        return Ok(VhdImage::fixed(request, info));
+        let writing = request.write.then(|| Writing::new(request, found.footer, copy_is_sound));
+        return Ok(VhdImage { info, storages, tables: None, writing });
     }
     let at = found.footer.data_offset.get();
-    let dynamic = read_dynamic(request, &ends, &found, at).await?;
+    let dynamic = read_dynamic(request.storage.as_ref(), &ends, &found, at).await?;
     info.block_size = dynamic.block_size.get().into();
     check_capacity(&info, &dynamic, at)?;
+    describe_dynamic(request, &ends, &dynamic, at, disk_type, &mut info).await?;
+    report(request, &mut info);
+    let layout = layout(&ends, &found, &dynamic, info.virtual_size, disk_type);
+    let (mut data_end, mut writing) = (found.data_end, None);
+    if request.write {
+        check_can_grow(request)?;
+        let placed_max = bytes::index(request.limits.table_bytes / 8)?;
+        let survey = Survey::read(request.storage.as_ref(), &layout, data_end, placed_max).await?;
+        data_end = found.footer_at(ends.len, survey.end)?;
+        let state = Writing::new(request, found.footer, copy_is_sound);
+        state.look_at(survey, &layout, data_end)?;
+        writing = Some(state);
+    }
+    let tables = Some(Tables::new(request, layout, data_end));
+    Ok(VhdImage { info, storages, tables, writing })
+}
+
+/// What the caller asks for, before anything is read.
+fn check_request(request: &OpenRequest) -> Result<()> {
+    if let Some(snapshot) = &request.snapshot {
+        return Err(Error::new(Code::Feature, "VHD images have no internal snapshots")
+            .format(FORMAT)
+            .found(snapshot)
+            .hint("snapshots of a VHD disk are files of their own (differencing images): name one of them"));
+    }
+    if request.write && request.storage.limits().read_only {
+        return Err(read_only(&request.location.0));
+    }
+    Ok(())
+}
+
+fn check_can_grow(request: &OpenRequest) -> Result<()> {
+    if request.storage.limits().resizable {
+        return Ok(());
+    }
+    Err(Error::new(Code::Usage, "a growing VHD image needs a file that can get longer")
+        .hint("open it for reading, or copy it to a file"))
+}
+
+/// What the dynamic header says, as information.
+async fn describe_dynamic(
+    request: &OpenRequest,
+    ends: &Ends,
+    dynamic: &DynamicHeader,
+    at: u64,
+    disk_type: DiskType,
+    info: &mut ImageInfo,
+) -> Result<()> {
     info.property("tableOffset", dynamic.table_offset.get());
     info.property("maxTableEntries", dynamic.max_table_entries.get());
     info.property("blockSize", dynamic.block_size.get());
     if disk_type == DiskType::Differencing {
         info.property("parentUniqueId", Uuid(dynamic.parent_unique_id).to_string());
         info.property("parentTimestamp", unix_time(dynamic.parent_timestamp.get()));
-        let storage = request.storage.as_ref();
-        let hints = locator::hints(storage, ends.len, &dynamic, at, &mut info).await?;
+        let hints = locator::hints(request.storage.as_ref(), ends.len, dynamic, at, info).await?;
         let expected = Identity { uuid: Some(Uuid(dynamic.parent_unique_id)), ..Identity::default() };
         info.parent = Some(ParentRef { hints, format: None, expected });
     }
-    report(request, &mut info);
-    let sparse = Sparse {
+    Ok(())
+}
+
+/// Where things lie.
+pub(crate) fn layout(
+    ends: &Ends,
+    found: &Found,
+    dynamic: &DynamicHeader,
+    virtual_size: u64,
+    disk_type: DiskType,
+) -> Sparse {
+    Sparse {
         table_offset: dynamic.table_offset.get(),
         table_bytes: dynamic.table_bytes(),
-        header_at: at,
-        block: info.block_size,
+        header_at: found.footer.data_offset.get(),
+        block: dynamic.block_size.get().into(),
         bitmap_bytes: dynamic.bitmap_bytes(),
-        data_end: found.data_end,
+        virtual_size,
         file_len: ends.len,
         differencing: disk_type == DiskType::Differencing,
-    };
-    Ok(VhdImage::sparse(request, info, sparse))
+        locators: locator::places(dynamic),
+    }
 }
 
 /// Reads the dynamic header, from the head of the file if it is there.
-async fn read_dynamic(
-    request: &OpenRequest,
+pub(crate) async fn read_dynamic(
+    storage: &dyn Storage,
     ends: &Ends,
     found: &Found,
     at: u64,
@@ -206,7 +298,7 @@ async fn read_dynamic(
         return header::parse_dynamic(raw, at, ends.len);
     }
     let len = bytes::index(DYNAMIC_BYTES)?;
-    let raw = read_vec(request.storage.as_ref(), at, len).await?;
+    let raw = read_vec(storage, at, len).await?;
     header::parse_dynamic(&raw, at, ends.len)
 }
 
@@ -222,7 +314,7 @@ fn check_fixed(info: &ImageInfo, found: &Found) -> Result<()> {
 }
 
 /// The BAT covers the disk.
-fn check_capacity(info: &ImageInfo, dynamic: &DynamicHeader, at: u64) -> Result<()> {
+pub(crate) fn check_capacity(info: &ImageInfo, dynamic: &DynamicHeader, at: u64) -> Result<()> {
     let entries = dynamic.max_table_entries.get();
     let capacity = bytes::mul(entries.into(), info.block_size)?;
     if capacity < info.virtual_size {
@@ -243,7 +335,7 @@ fn check_capacity(info: &ImageInfo, dynamic: &DynamicHeader, at: u64) -> Result<
 ///
 /// Virtual PC and QEMU (by its tag `qemu`) mean the geometry; everybody else means `currentSize`. QEMU 10.0.2 was seen
 /// to do the same for every tag.
-fn disk_size(footer: &Footer) -> (u64, Option<String>) {
+pub(crate) fn disk_size(footer: &Footer) -> (u64, Option<String>) {
     let current = footer.current_size.get();
     let chs = footer.chs();
     let by_geometry = matches!(&footer.creator_app, b"vpc " | b"qemu") && chs != CHS_MAX;

@@ -1,6 +1,8 @@
 //! What the tests of this crate share.
 #![allow(dead_code, unused_imports)]
 
+pub mod guest;
+
 use std::sync::Arc;
 use vellum_conformance::format::{Model, Recipe, open_with, write_image};
 pub use vellum_conformance::peers::{Directory, run};
@@ -65,4 +67,47 @@ pub fn edit_footers(bytes: &mut [u8], edit: impl Fn(&mut [u8])) {
 pub fn edit_header(bytes: &mut [u8], edit: impl Fn(&mut [u8])) {
     edit(&mut bytes[0x200..0x600]);
     seal_header(bytes, 0x200);
+}
+
+/// Options for opening a disk for writing.
+pub fn write_options(flags: vellum_core::OpenFlags) -> ChainOptions {
+    let mut options = ChainOptions {
+        write: vellum_core::WriteAccess::Yes,
+        providers: Some(vellum_core::Providers::seeded(44, 1_700_000_100)),
+        ..ChainOptions::default()
+    };
+    options.disk.flags = flags;
+    options
+}
+
+/// What `check` says of the image at `path`, with a plan.
+pub fn check_of(files: &Arc<MemoryFiles>, path: &str) -> vellum_core::CheckReport {
+    try_check(files, path).expect("checking the image")
+}
+
+pub fn try_check(files: &Arc<MemoryFiles>, path: &str) -> Result<vellum_core::CheckReport> {
+    let request = vellum_core::CheckRequest {
+        storage: files.get(path).expect("the image is there"),
+        location: vellum_core::Location(path.to_owned()),
+        resolver: files.clone(),
+        limits: vellum_core::Limits::default(),
+        events: vellum_core::Events::default(),
+        plan: true,
+    };
+    vellum_core::block_on(vhd().check(request))
+}
+
+/// Carries out what a check planned.
+pub fn repair(report: &vellum_core::CheckReport) {
+    for fix in &report.fixes {
+        for patch in &fix.patches {
+            let storage = report.storages[patch.storage].as_ref();
+            let written = vellum_core::storage::write_slice(storage, patch.offset, &patch.bytes);
+            vellum_core::block_on(written).expect("writing a patch");
+        }
+        if let Some((storage, len)) = fix.set_len {
+            let storage = &report.storages[storage];
+            storage.set_len(len, vellum_core::Preallocate::Off).wait().expect("setting the length");
+        }
+    }
 }
