@@ -2,6 +2,7 @@
 //!
 //! A disk is made in sectors: a size that is no multiple of 512 is rounded up, and the rest reads as zeros.
 
+use crate::child;
 use crate::descriptor::ExtentKind;
 use crate::flat::FlatWriter;
 use crate::header::SECTOR;
@@ -159,7 +160,12 @@ fn plan(request: CreateRequest, subformat: &str) -> Result<Plan> {
     let cid = content_id(providers.random_u64());
     let content_id = [providers.random_u64(), (providers.random_u64() & !0xffff_ffff) | u64::from(cid)];
     let (uuid, modification) = (providers.random_uuid(), providers.random_uuid());
-    let uuid = request.traits.uuid.or(virtualbox.then_some(uuid));
+    let parent = match &request.parent {
+        Some(parent) => Some(child::link(parent, dialect, subformat)?),
+        None => None,
+    };
+    let has_uuids = virtualbox || parent.as_ref().is_some_and(|parent| parent.uuids.is_some());
+    let uuid = request.traits.uuid.or(has_uuids.then_some(uuid));
     let descriptor = NewDescriptor {
         dialect,
         create_type,
@@ -175,6 +181,7 @@ fn plan(request: CreateRequest, subformat: &str) -> Result<Plan> {
         modification: uuid.map(|_| modification),
         content_id,
         comment: request.traits.comment.clone(),
+        parent,
     };
     let level = request.level;
     Ok(Plan { output: request.output, size, extent_bytes, grain, zeroed_grain, level, descriptor })

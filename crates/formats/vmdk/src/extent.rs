@@ -1,11 +1,13 @@
 //! One sparse extent: where its tables are, and what an entry of them means.
 
+use crate::disputes::Disputes;
 use crate::grain::{Framing, stored_max};
 use crate::header::{Cowd, ESX_GTES, Hosted, SECTOR, SESPARSE_GRAIN, SeSparse};
 use crate::problem;
 use crate::tables::{Held, Stop, Tables};
-use std::sync::atomic::{AtomicBool, Ordering};
-use vellum_core::bytes::{add, div, mul, rem};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use vellum_core::bytes::{add, div, div_ceil, mul, rem};
 use vellum_core::{Code, Error, Events, Result};
 
 /// A sparse extent. Offsets and lengths in bytes unless a name says sectors.
@@ -13,7 +15,8 @@ pub(crate) struct SparseExtent {
     /// Index into the image's storages.
     pub file: usize,
     pub name: String,
-    pub file_len: u64,
+    /// Grows when the extent is written.
+    file_len: AtomicU64,
     /// Bytes of the disk that the extent covers.
     pub capacity: u64,
     pub grain: u64,
@@ -24,6 +27,17 @@ pub(crate) struct SparseExtent {
     pub data_start: u64,
     pub kind: Kind,
     pub framing: Option<Framing>,
+    /// Version of the header of a hosted extent.
+    pub version: u32,
+    /// The mark of an extent that is being written, or was not closed.
+    pub is_unclean: bool,
+    /// Both directories stand where the header says.
+    pub has_sound_directories: bool,
+    /// Where tables stand among the grains (few writers do that), sorted: no grain may lie there. Known only to those
+    /// who write.
+    pub reserved: Vec<Range<u64>>,
+    /// What is known of grain tables that differ from their redundant copies.
+    pub disputes: Disputes,
     /// The warning about the use of a redundant table was given.
     warned_redundant: AtomicBool,
     /// The warning about a short grain was given.
@@ -74,7 +88,7 @@ impl SparseExtent {
         Ok(SparseExtent {
             file,
             name: name.to_owned(),
-            file_len,
+            file_len: AtomicU64::new(file_len),
             capacity: mul(h.capacity_sectors, SECTOR)?,
             grain: mul(h.grain_sectors, SECTOR)?,
             gtes: h.gtes,
@@ -83,6 +97,11 @@ impl SparseExtent {
             data_start: h.over_head.max(SECTOR),
             kind: Kind::Hosted { zeroed: h.zeroed },
             framing: h.compressed.then_some(framing),
+            version: h.version,
+            is_unclean: h.is_unclean,
+            has_sound_directories: h.has_sound_directories,
+            reserved: Vec::new(),
+            disputes: Disputes::default(),
             warned_redundant: AtomicBool::new(false),
             warned_short: AtomicBool::new(false),
         })
@@ -92,7 +111,7 @@ impl SparseExtent {
         Ok(SparseExtent {
             file,
             name: name.to_owned(),
-            file_len,
+            file_len: AtomicU64::new(file_len),
             capacity: mul(c.capacity_sectors, SECTOR)?,
             grain: mul(c.grain_sectors, SECTOR)?,
             gtes: ESX_GTES,
@@ -101,6 +120,11 @@ impl SparseExtent {
             data_start: c.over_head,
             kind: Kind::Cowd,
             framing: None,
+            version: 1,
+            is_unclean: false,
+            has_sound_directories: true,
+            reserved: Vec::new(),
+            disputes: Disputes::default(),
             warned_redundant: AtomicBool::new(false),
             warned_short: AtomicBool::new(false),
         })
@@ -110,7 +134,7 @@ impl SparseExtent {
         Ok(SparseExtent {
             file,
             name: name.to_owned(),
-            file_len,
+            file_len: AtomicU64::new(file_len),
             capacity: mul(s.capacity_sectors, SECTOR)?,
             grain: mul(SESPARSE_GRAIN, SECTOR)?,
             gtes: ESX_GTES,
@@ -119,14 +143,39 @@ impl SparseExtent {
             data_start: s.grains,
             kind: Kind::SeSparse { tables: s.tables, tables_count: s.tables_count, grains: s.grains },
             framing: None,
+            version: 1,
+            is_unclean: false,
+            has_sound_directories: true,
+            reserved: Vec::new(),
+            disputes: Disputes::default(),
             warned_redundant: AtomicBool::new(false),
             warned_short: AtomicBool::new(false),
         })
     }
 
     /// Bytes of a table entry.
-    fn entry_bytes(&self) -> u64 {
+    pub(crate) fn entry_bytes(&self) -> u64 {
         if matches!(self.kind, Kind::SeSparse { .. }) { 8 } else { 4 }
+    }
+
+    /// Bytes of a grain table.
+    pub(crate) fn table_bytes(&self) -> Result<u64> {
+        mul(self.gtes, self.entry_bytes())
+    }
+
+    /// Grain tables that the capacity needs.
+    pub(crate) fn tables(&self) -> Result<u64> {
+        div_ceil(self.capacity, mul(self.gtes, self.grain)?)
+    }
+
+    /// Length of the file, as far as entries may point into it.
+    pub(crate) fn file_len(&self) -> u64 {
+        self.file_len.load(Ordering::Acquire)
+    }
+
+    /// The file was made longer or shorter.
+    pub(crate) fn set_file_len(&self, len: u64) {
+        self.file_len.store(len, Ordering::Release);
     }
 
     /// Looks up grain number `number`.
@@ -141,7 +190,10 @@ impl SparseExtent {
         let base = match cursor.last {
             Some((last, base)) if last == table => base,
             _ => {
-                let base = self.table(tables, cursor, table, events)?;
+                let base = match self.disputes.found(table) {
+                    Some(base) => Some(base),
+                    None => self.find_table(tables, cursor, table, events)?,
+                };
                 cursor.last = Some((table, base));
                 base
             }
@@ -150,20 +202,41 @@ impl SparseExtent {
             return Ok(Found { grain: Grain::Absent, grains: self.gtes.saturating_sub(entry) });
         };
         let at = add(base, mul(entry, self.entry_bytes())?)?;
-        let value = tables
-            .entry(&mut cursor.table, self.file, self.file_len, at, self.entry_bytes())
-            .map_err(named(self))?;
+        let value =
+            tables.entry(&mut cursor.table, self.file, at, self.entry_bytes()).map_err(named(self))?;
+        let decided = self.disputes.decided(number);
+        let value = decided.unwrap_or(value);
         let grain = match self.meaning(value) {
             Ok(grain) => grain,
             Err(why) => self.redundant(tables, table, entry, why.at(at), events)?,
         };
         let mut grains = 1;
-        if value == 0 {
+        if value == 0 && !self.disputes.any_decided() {
             // Empty tables are the rule in large disks: step over their zeros as bytes, not as entries.
             let rest = mul(self.gtes.saturating_sub(entry), self.entry_bytes())?;
             grains = div(Tables::zeros(&cursor.table, at, rest)?, self.entry_bytes())?.max(1);
         }
         Ok(Found { grain, grains })
+    }
+
+    /// Finds a grain table that was compared with its copy, and remembers it.
+    fn find_table(
+        &self,
+        tables: &Tables,
+        cursor: &mut Cursor,
+        table: u64,
+        events: &Events,
+    ) -> Result<Option<u64>, Stop> {
+        let base = self.table(tables, cursor, table, events)?;
+        if let Some(base) = base {
+            if self.rgd.is_some() && !self.disputes.is_agreed(table) {
+                return Err(Stop::Compare(table));
+            }
+            if base > 0 && rem(base, SECTOR)? == 0 {
+                self.disputes.remember(table, self.tables()?, base);
+            }
+        }
+        Ok(base)
     }
 
     /// The byte offset of grain table number `table`; `None` if there is none.
@@ -175,17 +248,20 @@ impl SparseExtent {
         events: &Events,
     ) -> Result<Option<u64>, Stop> {
         let at = add(self.gd, mul(table, self.entry_bytes())?)?;
-        let value = tables
-            .entry(&mut cursor.directory, self.file, self.file_len, at, self.entry_bytes())
-            .map_err(named(self))?;
+        let value =
+            tables.entry(&mut cursor.directory, self.file, at, self.entry_bytes()).map_err(named(self))?;
         match (self.table_place(value), self.rgd) {
-            (Ok(place), _) => Ok(place),
+            (Ok(place @ Some(_)), _) | (Ok(place), None) => Ok(place),
+            (Ok(None), Some(rgd)) => {
+                // Tables are made in pairs; a power loss may have kept one pointer of the two.
+                let copy_at = add(rgd, mul(table, 4)?)?;
+                let copy = tables.entry(&mut Held::default(), self.file, copy_at, 4).map_err(named(self))?;
+                Ok(self.table_place(copy).ok().flatten())
+            }
             (Err(why), None) => Err(Stop::Bad(why.at(at).image(&self.name))),
             (Err(why), Some(rgd)) => {
                 let copy_at = add(rgd, mul(table, 4)?)?;
-                let copy = tables
-                    .entry(&mut Held::default(), self.file, self.file_len, copy_at, 4)
-                    .map_err(named(self))?;
+                let copy = tables.entry(&mut Held::default(), self.file, copy_at, 4).map_err(named(self))?;
                 match self.table_place(copy) {
                     Ok(Some(place)) => {
                         self.warn_redundant(events, at);
@@ -198,7 +274,7 @@ impl SparseExtent {
     }
 
     /// What an entry of the grain directory means.
-    fn table_place(&self, value: u64) -> Result<Option<u64>> {
+    pub(crate) fn table_place(&self, value: u64) -> Result<Option<u64>> {
         if value == 0 {
             return Ok(None);
         }
@@ -216,7 +292,7 @@ impl SparseExtent {
             }
             _ => mul(value, SECTOR)?,
         };
-        if place.checked_add(bytes).is_none_or(|end| end > self.file_len) {
+        if place.checked_add(bytes).is_none_or(|end| end > self.file_len()) {
             return Err(problem(
                 Code::OutOfFile,
                 "a grain table lies past the end of the file",
@@ -224,14 +300,14 @@ impl SparseExtent {
                 0,
             )
             .found(format!("byte {place:#x}"))
-            .allowed(format!("inside {:#x} bytes", self.file_len))
+            .allowed(format!("inside {:#x} bytes", self.file_len()))
             .hint("the file is truncated or damaged; copy it again from its source"));
         }
         Ok(Some(place))
     }
 
     /// What an entry of a grain table means.
-    fn meaning(&self, value: u64) -> Result<Grain> {
+    pub(crate) fn meaning(&self, value: u64) -> Result<Grain> {
         let place = match self.kind {
             Kind::SeSparse { grains, .. } => match sesparse_grain(value)? {
                 SeGrain::Absent => return Ok(Grain::Absent),
@@ -242,19 +318,26 @@ impl SparseExtent {
             Kind::Hosted { zeroed: true } if value == 1 => return Ok(Grain::Zero),
             _ => mul(value, SECTOR)?,
         };
-        let (code, message) = if place >= self.file_len {
+        let (code, message) = if place >= self.file_len() {
             (Code::OutOfFile, "a grain lies past the end of the file")
-        } else if place < self.data_start {
+        } else if place < self.data_start || self.is_reserved(place) {
             (Code::Overlap, "a grain lies inside the metadata")
         } else {
             return Ok(Grain::At(place));
         };
         Err(problem(code, message, "grain table entry", 0)
             .found(format!("byte {place:#x}"))
-            .allowed(format!("{:#x} to {:#x}", self.data_start, self.file_len))
+            .allowed(format!("{:#x} to {:#x}", self.data_start, self.file_len()))
             .hint(
                 "the file is truncated or damaged; copy it again from its source or restore it from a backup",
             ))
+    }
+
+    /// Whether a grain at `place` would lie over a table.
+    fn is_reserved(&self, place: u64) -> bool {
+        let end = place.saturating_add(self.grain);
+        let next = self.reserved.partition_point(|range| range.end <= place);
+        self.reserved.get(next).is_some_and(|range| range.start < end)
     }
 
     /// The redundant copy of an entry whose primary is bad, if the copy is plausible; else the error.
@@ -270,11 +353,11 @@ impl SparseExtent {
         let why = why.image(&self.name);
         let Some(rgd) = self.rgd else { return Err(Stop::Bad(why)) };
         let mut held = Held::default();
-        let mut read = |offset| tables.entry(&mut held, self.file, self.file_len, offset, 4);
+        let mut read = |offset| tables.entry(&mut held, self.file, offset, 4);
         let place = match read(add(rgd, mul(table, 4)?)?) {
             Ok(value) => self.table_place(value),
-            Err(Stop::Miss(page)) => return Err(Stop::Miss(page)),
             Err(Stop::Bad(_)) => return Err(Stop::Bad(why)),
+            Err(stop) => return Err(stop),
         };
         let Ok(Some(place)) = place else { return Err(Stop::Bad(why)) };
         match read(add(place, mul(entry, 4)?)?) {
@@ -286,8 +369,8 @@ impl SparseExtent {
                     Ok(grain)
                 }
             },
-            Err(Stop::Miss(page)) => Err(Stop::Miss(page)),
             Err(Stop::Bad(_)) => Err(Stop::Bad(why)),
+            Err(stop) => Err(stop),
         }
     }
 
@@ -320,7 +403,7 @@ impl SparseExtent {
 fn named(extent: &SparseExtent) -> impl Fn(Stop) -> Stop + '_ {
     |stop| match stop {
         Stop::Bad(error) => Stop::Bad(error.image(&extent.name)),
-        miss => miss,
+        stop => stop,
     }
 }
 
@@ -350,8 +433,28 @@ fn sesparse_grain(value: u64) -> Result<SeGrain> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// An extent without tables: grains of 64 KiB from byte 65 536 on.
+    pub(crate) fn plain(file_len: u64) -> SparseExtent {
+        let hosted = Hosted {
+            capacity_sectors: 2048,
+            grain_sectors: 128,
+            gtes: 512,
+            gd: 1024,
+            rgd: Some(512),
+            over_head: 65_536,
+            compressed: false,
+            markers: false,
+            zeroed: false,
+            version: 1,
+            is_unclean: false,
+            has_sound_directories: true,
+            warnings: Vec::new(),
+        };
+        SparseExtent::hosted(0, "plain", file_len, &hosted).unwrap()
+    }
 
     #[test]
     fn sesparse_entries_of_the_sheet() {

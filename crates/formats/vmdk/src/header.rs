@@ -166,6 +166,10 @@ pub(crate) struct Hosted {
     pub compressed: bool,
     pub markers: bool,
     pub zeroed: bool,
+    pub version: u32,
+    pub is_unclean: bool,
+    /// Every directory that the header names can be used.
+    pub has_sound_directories: bool,
     pub warnings: Vec<String>,
 }
 
@@ -302,6 +306,7 @@ impl SparseExtentHeader {
             warnings.push(format!("the grain directory cannot be used ({error}); its redundant copy is"));
             gd = Ok(rgd);
         }
+        let has_sound_directories = warnings.is_empty();
         let over_head = self.over_head.get().saturating_mul(SECTOR);
         if over_head > file_len {
             return Err(problem(
@@ -327,6 +332,9 @@ impl SparseExtentHeader {
             compressed,
             markers: flags & FLAG_MARKERS != 0,
             zeroed: flags & FLAG_ZEROED_GRAIN != 0,
+            version: self.version.get(),
+            is_unclean: self.unclean_shutdown != 0,
+            has_sound_directories,
             warnings,
         })
     }

@@ -3,10 +3,13 @@
 use crate::extent::SparseExtent;
 use crate::map::Lookups;
 use crate::tables::Tables;
+use crate::write::Writer;
 use std::ops::Range;
 use std::sync::Arc;
 use vellum_core::bytes::{add, sub};
-use vellum_core::{BoxFuture, Code, Codec, Error, Events, Extent, Image, ImageInfo, Lookup, Result, Storage};
+use vellum_core::{
+    BoxFuture, Code, Codec, Error, Events, Extent, Image, ImageInfo, Lookup, Result, Storage, WritableImage,
+};
 
 /// An open VMDK.
 pub(crate) struct VmdkImage {
@@ -17,6 +20,8 @@ pub(crate) struct VmdkImage {
     pub tables: Tables,
     pub zlib: Arc<dyn Codec>,
     pub events: Events,
+    /// There if the disk was opened for writing.
+    pub writer: Option<Writer>,
 }
 
 /// One extent and the bytes of the disk that it covers.
@@ -24,6 +29,8 @@ pub(crate) struct Part {
     pub start: u64,
     pub end: u64,
     pub source: Source,
+    /// The descriptor does not allow writing to it.
+    pub is_read_only: bool,
 }
 
 /// Where a part has its bytes.
@@ -42,8 +49,13 @@ pub(crate) enum Source {
 
 impl VmdkImage {
     fn part(&self, at: u64) -> Result<&Part> {
+        Ok(self.numbered_part(at)?.1)
+    }
+
+    /// The part that guest byte `at` is in, and its number.
+    pub(crate) fn numbered_part(&self, at: u64) -> Result<(usize, &Part)> {
         let index = self.parts.partition_point(|part| part.end <= at);
-        self.parts.get(index).ok_or_else(|| {
+        self.parts.get(index).map(|part| (index, part)).ok_or_else(|| {
             Error::new(Code::OutOfFile, "a lookup goes past the end of the disk")
                 .image(&self.info.name)
                 .found(at)
@@ -51,7 +63,7 @@ impl VmdkImage {
         })
     }
 
-    fn lookups(&self, part: &Part) -> Lookups<'_> {
+    pub(crate) fn lookups(&self, part: &Part) -> Lookups<'_> {
         Lookups { tables: &self.tables, events: &self.events, zlib: &self.zlib, extent_start: part.start }
     }
 }
@@ -102,5 +114,12 @@ impl Image for VmdkImage {
                 _ => Ok(()),
             }
         })
+    }
+
+    fn writable(&self) -> Option<&dyn WritableImage> {
+        match &self.writer {
+            Some(_) => Some(self),
+            None => None,
+        }
     }
 }

@@ -19,7 +19,12 @@
 //!
 //! Who reads what: `descriptor` the text, `header` the binary structures, `open` puts a disk together
 //! from both, `extent` says what table entries mean, `tables` caches them, `map` answers where a range lives, `grain`
-//! decompresses. `create`, `flat`, `sparse` and `stream` lay out new disks, `print` writes their descriptors.
+//! decompresses. `create`, `flat`, `sparse` and `stream` lay out new disks, `print` writes their descriptors, `child`
+//! links them to a parent.
+//!
+//! Who writes: `open_write` says whether a disk can be written, `session` begins and ends, `write` changes tables, `alloc`
+//! finds room. Who doubts: `audit` walks through all tables, `disputes` decides between a table and its copy, `check`
+//! reports, `repair` plans what mends it.
 
 #![forbid(unsafe_code)]
 #![deny(
@@ -42,8 +47,13 @@
     )
 )]
 
+mod alloc;
+mod audit;
+mod check;
+mod child;
 mod create;
 mod descriptor;
+mod disputes;
 mod extent;
 mod flat;
 mod grain;
@@ -52,15 +62,19 @@ mod image;
 mod info;
 mod map;
 mod open;
+mod open_write;
 mod print;
+mod repair;
+mod session;
 mod sparse;
 mod stream;
 mod tables;
+mod write;
 
 use std::sync::Arc;
 use vellum_core::{
-    BoxFuture, Code, Confidence, CreateRequest, Error, Format, Image, ImageWriter, OpenRequest, OptionSpec,
-    Result, Sample, bytes,
+    BoxFuture, CheckReport, CheckRequest, Code, Confidence, CreateRequest, Error, Format, Image, ImageWriter,
+    OpenRequest, OptionSpec, Result, Sample, bytes,
 };
 
 /// The name that users type.
@@ -105,6 +119,13 @@ impl Format for Vmdk {
 
     fn create_options(&self) -> &'static [OptionSpec] {
         create::OPTIONS
+    }
+
+    fn check(&self, request: CheckRequest) -> BoxFuture<'static, Result<CheckReport>> {
+        Box::pin(async move {
+            let location = request.location.clone();
+            check::check(request).await.map_err(|e| e.format(NAME).image(location))
+        })
     }
 
     fn create(&self, request: CreateRequest) -> BoxFuture<'static, Result<Box<dyn ImageWriter>>> {

@@ -31,7 +31,7 @@ impl Lookups<'_> {
     pub(crate) fn map(&self, extent: &SparseExtent, range: Range<u64>) -> Result<Lookup> {
         match self.find(extent, range) {
             Ok(found) => Ok(found),
-            Err(Stop::Miss(_)) => Ok(Lookup::Miss),
+            Err(Stop::Miss(_) | Stop::Compare(_)) => Ok(Lookup::Miss),
             Err(Stop::Bad(error)) => Err(error),
         }
     }
@@ -40,10 +40,14 @@ impl Lookups<'_> {
     pub(crate) async fn load(&self, extent: &SparseExtent, start: u64) -> Result<()> {
         let number = div(start, extent.grain)?;
         // A lookup needs at most four tables: directory and table, and the redundant copy of either.
-        for _ in 0..8 {
+        for _ in 0..10 {
             match extent.grain(self.tables, &mut Cursor::default(), number, self.events) {
                 Ok(_) => return Ok(()),
                 Err(Stop::Miss(page)) => self.tables.load(page).await.map_err(|e| e.image(&extent.name))?,
+                Err(Stop::Compare(table)) => extent
+                    .compare(self.tables, table, self.events)
+                    .await
+                    .map_err(|e| e.image(&extent.name))?,
                 Err(Stop::Bad(error)) => return Err(error),
             }
         }
@@ -101,7 +105,7 @@ impl Lookups<'_> {
         let mut next = add(first, 1)?;
         let mut expected = add(place, extent.grain)?;
         for _ in 0..RUN_MAX {
-            if mul(next, extent.grain)? >= range.end || expected >= extent.file_len {
+            if mul(next, extent.grain)? >= range.end || expected >= extent.file_len() {
                 break;
             }
             match extent.grain(self.tables, cursor, next, self.events) {
@@ -114,7 +118,7 @@ impl Lookups<'_> {
         let len = sub(mul(next, extent.grain)?.min(range.end), range.start)?;
         let offset = add(place, within)?;
         // Only the last grain of a file can be cut off by its end: what is missing reads as zeros.
-        let there = extent.file_len.saturating_sub(offset);
+        let there = extent.file_len().saturating_sub(offset);
         if there < len {
             extent.warn_short(self.events, offset);
         }
@@ -136,7 +140,7 @@ impl Lookups<'_> {
         let start = mul(number, extent.grain)?;
         let skip = sub(range.start, start)?;
         let len = add(start, extent.grain)?.min(range.end).saturating_sub(range.start);
-        let mut stored_end = place.saturating_add(extent.stored_max()?).min(extent.file_len);
+        let mut stored_end = place.saturating_add(extent.stored_max()?).min(extent.file_len());
         // In an undamaged file any grain that lies further on bounds this one.
         for next in number.saturating_add(1)..number.saturating_add(NEIGHBOURS_MAX) {
             if next.saturating_mul(extent.grain) >= extent.capacity {

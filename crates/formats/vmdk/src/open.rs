@@ -9,8 +9,8 @@ use crate::header::{
 };
 use crate::image::{Part, Source, VmdkImage};
 use crate::info::{self, Facts};
-use crate::problem;
 use crate::tables::Tables;
+use crate::{open_write, problem};
 use std::sync::Arc;
 use vellum_core::bytes::{add, array, index, le64, mul, rem, sub};
 use vellum_core::storage::read_vec;
@@ -195,6 +195,10 @@ struct Assembly {
     /// Ranges of files that extents stand on: storage, start, end, line.
     claims: Vec<(usize, u64, u64, u64)>,
     compressed: bool,
+    /// The extent being added must not be written.
+    is_read_only: bool,
+    /// Files that some extent may write.
+    written: Vec<String>,
 }
 
 impl Assembly {
@@ -208,6 +212,8 @@ impl Assembly {
             opened: Vec::new(),
             claims: Vec::new(),
             compressed: false,
+            is_read_only: false,
+            written: Vec::new(),
         }
     }
 
@@ -218,9 +224,9 @@ impl Assembly {
     ) -> Result<VmdkImage> {
         let has_own = self.own.is_some();
         if let Some(own) = &self.own {
-            Tables::admit(own.file, own.file_len)?;
+            Tables::admit(own.file, own.file_len())?;
             self.storages.push(self.request.storage.clone());
-            self.claims.push((0, 0, own.file_len, 0));
+            self.claims.push((0, 0, own.file_len(), 0));
         }
         self.add_extents(&descriptor).await?;
         if let Some(own) = self.own.take() {
@@ -250,18 +256,28 @@ impl Assembly {
         let facts = Facts { header, size, grain, embedded: has_own, compressed: self.compressed };
         let warnings = std::mem::take(&mut self.warnings);
         let info = info::describe(&self.request, &descriptor, facts, warnings)?;
+        let writer = match self.request.write {
+            true => {
+                let sources = (&self.request, &descriptor, &info);
+                Some(open_write::prepare(sources, &mut self.parts, &self.storages).await?)
+            }
+            false => None,
+        };
         // Without its parts an image is only looked at (`info`, the search for a parent): what is odd stands in its info.
         for warning in info.warnings.iter().chain(&info.dirty).filter(|_| self.request.open_parts) {
             self.request.events.warn(&format!("{}: {warning}", self.request.location));
         }
-        let tables = Tables::new(self.storages.clone(), self.request.limits.table_cache_bytes);
+        let tables = Tables::new(self.storages.clone(), self.request.limits.table_cache_bytes)?;
         let (storages, parts, events) = (self.storages, self.parts, self.request.events);
-        Ok(VmdkImage { info, storages, parts, tables, zlib: vellum_codec::zlib(None)?, events })
+        Ok(VmdkImage { info, storages, parts, tables, zlib: vellum_codec::zlib(None)?, events, writer })
     }
 
     async fn add_extents(&mut self, descriptor: &Descriptor) -> Result<()> {
         let lines: Vec<&ExtentLine> = descriptor.extents.iter().filter(|line| line.sectors > 0).collect();
+        let written = lines.iter().filter(|line| line.access == ExtentAccess::ReadWrite);
+        self.written = written.filter_map(|line| line.name.clone()).collect();
         for (number, line) in lines.iter().enumerate() {
+            self.is_read_only = line.access != ExtentAccess::ReadWrite;
             let last = number.checked_add(1) == Some(lines.len());
             self.add_extent(line, last).await.map_err(|error| {
                 let name = line.name.as_deref().unwrap_or("ZERO");
@@ -309,7 +325,7 @@ impl Assembly {
         let storage = self.open_part(&name).await?;
         if sparse {
             let extent = self.open_sparse(storage, line.kind).await?;
-            self.claims.push((storage, 0, extent.file_len, line.at));
+            self.claims.push((storage, 0, extent.file_len(), line.at));
             return self.push_sparse(bytes, Box::new(extent), last);
         }
         let offset = mul(line.offset, SECTOR)?;
@@ -338,7 +354,9 @@ impl Assembly {
             return Ok(*number);
         }
         let asker = Asker::Part { of: self.request.location.clone() };
-        let opened = self.request.resolver.open(name, &asker, Access::default()).await.map_err(|error| {
+        let access =
+            Access { write: self.request.write && self.written.iter().any(|written| written == name) };
+        let opened = self.request.resolver.open(name, &asker, access).await.map_err(|error| {
             let missing = error.code() == Code::NotFound;
             let error = error.image(&self.request.location).field("extent file").found(name);
             if missing {
@@ -429,7 +447,8 @@ impl Assembly {
     fn push_part(&mut self, bytes: u64, source: Source) -> Result<()> {
         let start = self.parts.last().map_or(0, |part| part.end);
         if bytes > 0 {
-            self.parts.push(Part { start, end: add(start, bytes)?, source });
+            let is_read_only = self.is_read_only;
+            self.parts.push(Part { start, end: add(start, bytes)?, source, is_read_only });
         }
         Ok(())
     }

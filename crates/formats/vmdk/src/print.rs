@@ -1,5 +1,6 @@
 //! Writing the text descriptor (sheet section 2): header, extents, disk data base, in this order.
 
+use crate::child::NewParent;
 use crate::descriptor::ExtentKind;
 use std::fmt::Write;
 use vellum_core::{Chs, Uuid};
@@ -27,6 +28,7 @@ pub(crate) struct NewDescriptor {
     pub modification: Option<Uuid>,
     pub content_id: [u64; 2],
     pub comment: String,
+    pub parent: Option<NewParent>,
 }
 
 /// One extent of a new disk.
@@ -50,11 +52,16 @@ impl NewDescriptor {
             text.push_str("encoding=\"UTF-8\"\n");
         }
         // Writing into a String cannot fail.
-        let _ = writeln!(text, "CID={:08x}\nparentCID=ffffffff", self.cid);
+        let parent_cid = self.parent.as_ref().and_then(|parent| parent.cid).unwrap_or(u32::MAX);
+        let _ = writeln!(text, "CID={:08x}\nparentCID={parent_cid:08x}", self.cid);
         if !virtualbox {
             text.push_str("isNativeSnapshot=\"no\"\n");
         }
-        let _ = writeln!(text, "createType=\"{}\"\n\n# Extent description", self.create_type);
+        let _ = writeln!(text, "createType=\"{}\"", self.create_type);
+        if let Some(hint) = self.parent.as_ref().and_then(|parent| parent.hint.as_ref()) {
+            let _ = writeln!(text, "parentFileNameHint=\"{hint}\"");
+        }
+        text.push_str("\n# Extent description\n");
         for extent in &self.extents {
             let _ = write!(text, "RW {} {} \"{}\"", extent.sectors, extent.kind.word(), extent.name);
             text.push_str(if extent.kind == ExtentKind::Flat { " 0\n" } else { "\n" });
@@ -79,13 +86,14 @@ impl NewDescriptor {
             pair("geometry.biosHeads", &bios.heads);
             pair("geometry.biosSectors", &bios.sectors);
         }
+        let parents = self.parent.as_ref().and_then(|parent| parent.uuids).unwrap_or_default();
         if let Some(uuid) = self.uuid {
             pair("uuid.image", &uuid);
-            pair("uuid.parent", &Uuid::default());
+            pair("uuid.parent", &parents.0);
         }
         if let Some(modification) = self.modification {
             pair("uuid.modification", &modification);
-            pair("uuid.parentmodification", &Uuid::default());
+            pair("uuid.parentmodification", &parents.1);
         }
         if self.dialect == Dialect::VMware {
             let [high, low] = self.content_id;
@@ -141,6 +149,7 @@ mod tests {
             modification: Some(Uuid([8; 16])),
             content_id: [1, 0x89ab_0123],
             comment: "two\nlines, a \\ and \"quotes\"".into(),
+            parent: None,
         }
     }
 

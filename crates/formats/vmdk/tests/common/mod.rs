@@ -1,6 +1,8 @@
 //! What the tests share: making sparse files by hand, running the reference tools.
 #![allow(dead_code)]
 
+pub mod model;
+
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
