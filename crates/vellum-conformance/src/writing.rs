@@ -80,6 +80,21 @@ impl Bench {
         Ok(Bench { registry, files: files.clone(), path, flags, counts, disk, model, writes: 0 })
     }
 
+    /// The disk of the image at `path` of `files`, which somebody made, and whose content is `model`.
+    pub fn existing(
+        formats: Vec<Arc<dyn Format>>,
+        files: &Arc<MemoryFiles>,
+        path: &str,
+        model: Vec<u8>,
+        flags: OpenFlags,
+    ) -> Result<Self> {
+        let registry = FormatRegistry::new(formats);
+        let counts = Arc::new(Counts::default());
+        let disk = open(&registry, files, path, flags, &counts)?;
+        let path = path.to_owned();
+        Ok(Bench { registry, files: files.clone(), path, flags, counts, disk, model, writes: 0 })
+    }
+
     /// The open disk.
     pub fn disk(&self) -> &Disk {
         &self.disk

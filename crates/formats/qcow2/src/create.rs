@@ -1,5 +1,6 @@
 //! Writing new images. Header and L1 stand in front; everything else in the order in which it is needed.
 
+use crate::backing::Backing;
 use crate::extensions;
 use crate::header::{
     AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, COMPRESSION_ZLIB, COMPRESSION_ZSTD, INCOMPAT_COMPRESSION,
@@ -85,6 +86,7 @@ struct Design {
     /// Every cluster gets its place, used or not.
     dense: bool,
     preallocate: Preallocate,
+    backing: Option<Backing>,
 }
 
 fn refuse(what: &str, hint: &str) -> Error {
@@ -123,6 +125,7 @@ impl Design {
                 "full" => Preallocate::Full,
                 _ => Preallocate::Off,
             },
+            backing: request.parent.as_ref().map(Backing::new).transpose()?,
         };
         design.check(request.compress)?;
         Ok(design)
@@ -163,6 +166,12 @@ impl Design {
             return Err(refuse(
                 "a preallocated image cannot be compressed",
                 "leave out preallocation or --compress",
+            ));
+        }
+        if self.backing.is_some() && self.dense {
+            return Err(refuse(
+                "a child whose clusters are all allocated would hide its parent",
+                "leave out preallocation or data_file_raw, or the parent",
             ));
         }
         if let Some(name) = &self.data_file
@@ -387,17 +396,24 @@ impl Writer {
         if let Some(name) = &d.data_file {
             extensions::write(extensions::DATA_FILE, name.as_bytes(), &mut header)?;
         }
+        if let Some(backing) = &d.backing {
+            backing.write_format(&mut header)?;
+        }
         let names = feature_names();
-        let room = bytes::index(d.cluster)?.saturating_sub(header.len());
+        let taken = header.len().saturating_add(d.backing.as_ref().map_or(0, Backing::room));
         // Tiny clusters have no room for names; nothing depends on them.
-        if d.version >= 3 && names.len().saturating_add(16) <= room {
+        if d.version >= 3 && names.len().saturating_add(16).saturating_add(taken) <= bytes::index(d.cluster)?
+        {
             extensions::write(extensions::FEATURE_NAMES, &names, &mut header)?;
         }
         header.extend_from_slice(&[0; 8]);
+        if let Some(backing) = &d.backing {
+            backing.write_name(&mut header)?;
+        }
         if bytes::wide(header.len()) > d.cluster {
             return Err(refuse(
-                "the name of the data file does not fit into the header",
-                "choose a shorter name",
+                "the names of the parent and of the data file do not fit into the header",
+                "choose shorter names or a larger cluster_size",
             ));
         }
         Ok(header)

@@ -100,6 +100,20 @@ impl Extensions {
     }
 }
 
+/// Where the bitmaps extension begins, if no other extension follows it.
+pub(crate) fn last_is_bitmaps(cluster_0: &[u8], header_length: u64) -> Option<u64> {
+    let mut at = usize::try_from(header_length).ok()?;
+    let mut last = None;
+    while let (Some(kind), Some(len)) = (be32_at(cluster_0, at), be32_at(cluster_0, at.checked_add(4)?)) {
+        if kind == END {
+            break;
+        }
+        last = Some((kind, at));
+        at = at.checked_add(8)?.checked_add(usize::try_from(len).ok()?)?.checked_next_multiple_of(8)?;
+    }
+    last.filter(|(kind, _)| *kind == BITMAPS).map(|(_, at)| bytes::wide(at))
+}
+
 #[cold]
 fn bad(code: Code, what: &str, offset: u64, kind: u32) -> Error {
     Error::new(code, what)

@@ -138,6 +138,11 @@ impl Header {
         self.incompatible & INCOMPAT_DATA_FILE != 0
     }
 
+    /// Whether that file is the disk by itself.
+    pub fn has_raw_data(&self) -> bool {
+        self.has_data_file() && self.autoclear & AUTOCLEAR_RAW_DATA != 0
+    }
+
     /// Entries of an L2 table.
     pub fn l2_entries(&self) -> u64 {
         let entry = if self.extended_l2() { 16 } else { 8 };

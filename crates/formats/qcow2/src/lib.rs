@@ -12,8 +12,19 @@
 //!   snapshot table, bitmap directory, (data file: another file, guest offset = host offset)
 //! ```
 //!
-//! What we write: header and L1 in front, then L2 tables, data and refcount blocks in the order in which they are
-//! allocated, the refcount table last, the header when everything else stands.
+//! New images: header and L1 in front, then L2 tables, data and refcount blocks in the order in which they are
+//! allocated, the refcount table last, the header when everything else stands (`create`, `refcount`).
+//!
+//! Writing in place: whatever is pointed to is counted and durable before the pointer, and let go after the pointer is
+//! gone, so that a crash loses space at most. Tables change in memory and go out in groups:
+//!
+//! ```text
+//!   guest data, copied edges      -> file at once                      reserve
+//!   counts + 1, fresh L2 tables   -> rank 0  | FLUSH                   alloc, refpage
+//!   L2 entries, L1 entries        -> rank 1  | FLUSH                   reserve, discard
+//!   counts - 1, holes             -> after that, with the next group   release
+//!   refcount blocks, their table  -> a sequence of their own           grow
+//! ```
 
 #![forbid(unsafe_code)]
 #![deny(
@@ -36,17 +47,42 @@
     )
 )]
 
+mod alloc;
+mod backing;
+mod bitmaps;
+mod check;
+mod compare;
+mod counts;
 mod create;
+mod discard;
+mod entry;
 mod extensions;
+mod grow;
 mod header;
+mod judge;
+mod layout;
 mod map;
 mod open;
+mod plan;
+mod rebuild;
 mod refcount;
+mod refpage;
+mod release;
+mod reserve;
+mod roots;
+mod session;
 mod snapshot;
+mod snapshot_table;
+mod snapshot_tree;
+mod snapshots;
+mod stored;
+mod tally;
+mod walk;
+mod write;
 
 use std::sync::Arc;
 use vellum_core::{
-    BoxFuture, Confidence, CreateRequest, Format, Image, ImageWriter, OpenRequest, OptionSpec, Result,
+    BoxFuture, CheckReport, CheckRequest, Confidence, CreateRequest, Format, Image, ImageWriter, OpenRequest, OptionSpec, Result,
     Sample, bytes,
 };
 
@@ -80,5 +116,8 @@ impl Format for Qcow2 {
     }
     fn create(&self, request: CreateRequest) -> BoxFuture<'static, Result<Box<dyn ImageWriter>>> {
         Box::pin(create::create(request))
+    }
+    fn check(&self, request: CheckRequest) -> BoxFuture<'static, Result<CheckReport>> {
+        Box::pin(check::check(request))
     }
 }

@@ -1,37 +1,39 @@
 //! Lookup (sheet section 2): from a guest offset through L1 and L2 to an extent. Pure, over cached pages.
 
+use crate::alloc::Allocator;
+use crate::entry::{
+    COMPRESSED, COPIED, L1_RESERVED, L2_RESERVED, OFFSET_MASK, SUBCLUSTERS, ZERO, compressed_range,
+};
 use crate::header::Header;
+use crate::layout::Layout;
+use crate::write::{Session, SessionOptions};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use vellum_core::{
-    BoxFuture, Code, Codec, Encoded, Error, Extent, Image, ImageInfo, Lookup, Result, Storage, TableCache,
-    bytes,
+    BoxFuture, Code, Codec, Encoded, Error, Extent, Image, ImageInfo, Lookup, Result, Snapshots, Storage,
+    TableCache, WritableImage, bytes,
 };
 
-const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
-const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
-const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Tables are cached in pages of this many bytes, or whole if they are smaller.
-const PAGE: u64 = 64 << 10;
-const SUBCLUSTERS: u32 = 32;
+pub(crate) const PAGE: u64 = 64 << 10;
 /// Entries that one lookup goes through at most, or it could take hours: every L1 entry of a small file may name the
 /// same L2 table, so that a petabyte is described by a few MiB.
 const STEPS_MAX: u32 = 32_768;
 
 /// An open image.
 pub(crate) struct Qcow2Image {
-    header: Header,
-    info: ImageInfo,
-    storages: Vec<Arc<dyn Storage>>,
-    tables: TableCache,
+    /// As it was read; what changes while the image is open is in `layout`.
+    pub(crate) header: Header,
+    pub(crate) info: ImageInfo,
+    pub(crate) storages: Vec<Arc<dyn Storage>>,
+    pub(crate) tables: Arc<TableCache>,
+    pub(crate) layout: Arc<Layout>,
+    pub(crate) cluster: u64,
+    pub(crate) l2_covers: u64,
+    /// What writing needs; none if the image was opened for reading.
+    pub(crate) session: Option<Session>,
     codec: Arc<dyn Codec>,
-    file_len: u64,
-    data_len: Option<u64>,
-    cluster: u64,
-    l2_covers: u64,
 }
 
 /// What one step of the lookup found: an extent over some bytes, or a page that is missing.
@@ -50,16 +52,24 @@ impl Qcow2Image {
     ) -> Result<Self> {
         let mut lens = storages.iter().map(|storage| storage.len());
         let file_len = lens.next().transpose()?.unwrap_or(0);
-        let data_len = lens.next().transpose()?;
-        let (cluster, l2_covers) = (header.cluster(), header.l2_covers());
-        Ok(Qcow2Image { header, info, storages, tables, codec, file_len, data_len, cluster, l2_covers })
+        let layout = Arc::new(Layout::new(&header, file_len, lens.next().transpose()?));
+        let (cluster, l2_covers, tables) = (header.cluster(), header.l2_covers(), Arc::new(tables));
+        Ok(Qcow2Image { header, info, storages, tables, layout, cluster, l2_covers, session: None, codec })
+    }
+
+    /// Makes the image one that can be written.
+    pub fn for_writing(mut self, options: SessionOptions) -> Result<Self> {
+        let (tables, layout) = (self.tables.clone(), self.layout.clone());
+        let allocator = Allocator::new(tables, layout, self.cluster, self.header.refcount_order)?;
+        self.session = Some(Session::new(allocator, options));
+        Ok(self)
     }
 
     /// The start of `range`: as far as one cluster, one run of subclusters or one gap in L1 reaches.
     fn step(&self, range: &Range<u64>) -> Result<Step> {
         let l1_index = bytes::div(range.start, self.l2_covers)?;
-        let table_bytes = bytes::mul(self.header.l1_size.into(), 8)?;
-        let (page, within) = page_of(self.header.l1_table_offset, table_bytes, bytes::mul(l1_index, 8)?)?;
+        let (table, table_bytes) = self.layout.l1();
+        let (page, within) = page_of(table, table_bytes, bytes::mul(l1_index, 8)?)?;
         let Some(l1) = self.tables.get(page.start) else { return missing(page) };
         let entry = entry(&l1, within)?;
         if entry & OFFSET_MASK == 0 && entry & L1_RESERVED == 0 {
@@ -85,14 +95,14 @@ impl Qcow2Image {
     }
 
     /// The checked offset of the L2 table that an L1 entry names.
-    fn l2_table(&self, entry: u64, at: u64) -> Result<u64> {
+    pub(crate) fn l2_table(&self, entry: u64, at: u64) -> Result<u64> {
         if entry & L1_RESERVED != 0 {
             return Err(bad(Code::Corrupt, "reserved bits of an L1 entry are set", "L1 entry", at, entry)
                 .allowed(format!("bits of {:#018x} clear", L1_RESERVED)));
         }
         let offset = entry & OFFSET_MASK;
-        self.check_cluster(offset, "L1 entry", at, self.file_len)?;
-        if bytes::add(offset, self.cluster)? > self.file_len {
+        self.check_cluster(offset, "L1 entry", at)?;
+        if bytes::add(offset, self.cluster)? > self.layout.file_len() {
             return Err(self.out_of_file(
                 "an L2 table is cut off by the end of the file",
                 "L1 entry",
@@ -141,7 +151,7 @@ impl Qcow2Image {
     }
 
     /// Offset 0 names a cluster only in a data file, and only with COPIED.
-    fn at_zero_of_data_file(&self, entry: u64, guest: u64) -> bool {
+    pub(crate) fn at_zero_of_data_file(&self, entry: u64, guest: u64) -> bool {
         self.header.has_data_file() && entry & COPIED != 0 && guest < self.cluster
     }
 
@@ -149,9 +159,9 @@ impl Qcow2Image {
     fn standard(&self, entry: u64, at: u64, skip: u64, len: u64, guest: u64) -> Result<Step> {
         let cluster = entry & OFFSET_MASK;
         let offset = bytes::add(cluster, skip)?;
-        let (storage, file_len) = match (self.header.has_data_file(), self.data_len) {
-            (false, _) => (0, self.file_len),
-            (true, data_len) => (1, data_len.unwrap_or(u64::MAX)),
+        let (storage, file_len) = match self.header.has_data_file() {
+            false => (0, self.layout.file_len()),
+            true => (1, self.layout.data_len.load(Ordering::Acquire)),
         };
         if storage == 1 {
             if offset != guest {
@@ -159,7 +169,7 @@ impl Qcow2Image {
                 return Err(bad(Code::Corrupt, what, "L2 entry", at, entry));
             }
         } else {
-            self.check_cluster(cluster, "L2 entry", at, file_len)?;
+            self.check_cluster(cluster, "L2 entry", at)?;
         }
         // The file may end inside its last cluster; what is missing reads as zeros.
         let inside = file_len.saturating_sub(offset).min(len);
@@ -170,28 +180,20 @@ impl Qcow2Image {
     }
 
     /// Checks the place of a cluster in the image's own file.
-    fn check_cluster(&self, offset: u64, name: &str, at: u64, file_len: u64) -> Result<()> {
+    pub(crate) fn check_cluster(&self, offset: u64, name: &str, at: u64) -> Result<()> {
         if bytes::rem(offset, self.cluster)? != 0 {
             let allowed = format!("a multiple of {}", self.cluster);
             return Err(bad(Code::Misaligned, "an offset is not aligned to clusters", name, at, offset)
                 .allowed(allowed));
         }
-        if offset >= file_len {
+        if offset >= self.layout.file_len() {
             return Err(self.out_of_file("an offset points past the end of the file", name, at, offset));
         }
-        let h = &self.header;
-        let l1_len = u64::from(h.l1_size).saturating_mul(8);
-        let rt_len = u64::from(h.refcount_table_clusters).saturating_mul(self.cluster);
-        for (what, start, len) in [
-            ("the header", 0, self.cluster),
-            ("the L1 table", h.l1_table_offset, l1_len),
-            ("the refcount table", h.refcount_table_offset, rt_len),
-        ] {
-            if offset < start.saturating_add(len) && start < offset.saturating_add(self.cluster) && len > 0 {
-                let what = format!("an offset points into {what}");
-                return Err(bad(Code::Overlap, &what, name, at, offset)
-                    .allowed("a cluster of its own, outside of header, L1 and refcount table"));
-            }
+        let range = offset..offset.saturating_add(self.cluster);
+        if let Some(what) = self.layout.header_table(&range, self.cluster) {
+            let what = format!("an offset points into {what}");
+            return Err(bad(Code::Overlap, &what, name, at, offset)
+                .allowed("a cluster of its own, outside of header, L1 and refcount table"));
         }
         Ok(())
     }
@@ -199,7 +201,7 @@ impl Qcow2Image {
     #[cold]
     fn out_of_file(&self, what: &str, name: &str, at: u64, offset: u64) -> Error {
         bad(Code::OutOfFile, what, name, at, offset)
-            .allowed(format!("inside the file of {} bytes", self.file_len))
+            .allowed(format!("inside the file of {} bytes", self.layout.file_len()))
     }
 
     fn compressed(&self, entry: u64, at: u64, skip: u64, range: &Range<u64>) -> Result<Step> {
@@ -207,18 +209,13 @@ impl Qcow2Image {
             let what = "an image with a data file cannot hold compressed clusters";
             return Err(bad(Code::Corrupt, what, "L2 entry", at, entry));
         }
-        // x = 62 - (cluster_bits - 8) bits of offset, the rest counts sectors after the first.
-        let x = 70u32.saturating_sub(self.header.cluster_bits);
-        let body = entry & !(COPIED | COMPRESSED);
-        let offset_mask = bytes::sub(1u64.checked_shl(x).unwrap_or(0), 1)?;
-        let offset = body & offset_mask;
-        let sectors = bytes::add(body.checked_shr(x).unwrap_or(0), 1)?;
-        let end = bytes::add(offset & !511, bytes::mul(sectors, 512)?)?;
+        let Range { start: offset, end } = compressed_range(entry, self.header.cluster_bits)?;
+        let file_len = self.layout.file_len();
         if offset < self.cluster {
             return Err(bad(Code::Overlap, "compressed data stands in the header", "L2 entry", at, offset)
                 .allowed(format!("from {}", self.cluster)));
         }
-        if offset >= self.file_len || end > bytes::align_up(self.file_len, 512)? {
+        if offset >= file_len || end > bytes::align_up(file_len, 512)? {
             return Err(self.out_of_file(
                 "compressed data reaches past the end of the file",
                 "L2 entry",
@@ -226,7 +223,7 @@ impl Qcow2Image {
                 offset,
             ));
         }
-        let len = bytes::sub(end.min(self.file_len), offset)?;
+        let len = bytes::sub(end.min(file_len), offset)?;
         let encoded = Encoded {
             storage: 0,
             offset,
@@ -276,7 +273,7 @@ impl Qcow2Image {
 }
 
 /// The cached page that holds byte `at` of a table of `len` bytes at `table`, and where in it.
-fn page_of(table: u64, len: u64, at: u64) -> Result<(Range<u64>, u64)> {
+pub(crate) fn page_of(table: u64, len: u64, at: u64) -> Result<(Range<u64>, u64)> {
     let start = at & !(PAGE.saturating_sub(1));
     let end = start.saturating_add(PAGE).min(len);
     Ok((bytes::add(table, start)?..bytes::add(table, end)?, bytes::sub(at, start)?))
@@ -286,18 +283,18 @@ fn missing(page: Range<u64>) -> Result<Step> {
     Ok(Step::Missing { offset: page.start, len: bytes::sub(page.end, page.start)? })
 }
 
-fn entry(page: &[u8], within: u64) -> Result<u64> {
+pub(crate) fn entry(page: &[u8], within: u64) -> Result<u64> {
     bytes::be64(page, bytes::index(within / 8)?)
         .ok_or_else(|| Error::new(Code::OutOfFile, "a table entry lies outside its table"))
 }
 
 #[cold]
-fn bad(code: Code, what: &str, name: &str, at: u64, found: u64) -> Error {
+pub(crate) fn bad(code: Code, what: &str, name: &str, at: u64, found: u64) -> Error {
     Error::new(code, what)
         .field(name)
         .at(at)
         .found(format!("{found:#x}"))
-        .hint("the image is damaged; `qemu-img check` may repair it, on a copy")
+        .hint("the image is damaged; `vellum check` tells more, `vellum repair` may mend it")
 }
 
 /// Whether `next` goes on where `len` bytes of `run` end.
@@ -357,5 +354,13 @@ impl Image for Qcow2Image {
             }
             Ok(())
         })
+    }
+
+    fn writable(&self) -> Option<&dyn WritableImage> {
+        self.session.as_ref().map(|_| -> &dyn WritableImage { self })
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
     }
 }

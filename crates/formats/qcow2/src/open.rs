@@ -7,6 +7,8 @@ use crate::header::{
 };
 use crate::map::Qcow2Image;
 use crate::snapshot;
+use crate::snapshots;
+use crate::write::SessionOptions;
 use std::sync::Arc;
 use vellum_core::storage::read_vec;
 use vellum_core::{
@@ -25,6 +27,13 @@ pub(crate) async fn open(request: OpenRequest) -> Result<Arc<dyn Image>> {
     let cluster_0 = read_vec(main.as_ref(), 0, bytes::index(file_len.min(header.cluster()))?).await?;
     let extensions = Extensions::read(&header, &cluster_0)?;
     refuse_unknown_features(&header, &extensions)?;
+    let header = match &request.snapshot {
+        Some(wanted) if !request.write => {
+            snapshots::as_of(main.as_ref(), &header, &request.limits, wanted).await?
+        }
+        Some(_) => return Err(snapshots::read_only_state()),
+        None => header,
+    };
     let mut info = describe(&request, &header, &extensions);
     info.parent = parent(&header, &extensions, &cluster_0)?;
     for mark in info.dirty.iter().chain(&info.warnings) {
@@ -34,9 +43,17 @@ pub(crate) async fn open(request: OpenRequest) -> Result<Arc<dyn Image>> {
     if !snapshots.is_empty() {
         info.property("snapshots", Value::List(snapshots));
     }
+    let are_kept = header.autoclear & AUTOCLEAR_BITMAPS != 0;
     if let Some(bitmaps) = extensions.bitmaps {
-        let listed = snapshot::bitmaps(main.as_ref(), &header, bitmaps, file_len).await?;
-        info.property("bitmaps", Value::List(listed));
+        match snapshot::bitmaps(main.as_ref(), &header, bitmaps, file_len).await {
+            Ok(listed) => info.property("bitmaps", Value::List(listed)),
+            // Where a program did not keep them, their space may be anything by now.
+            Err(_) if !are_kept => {}
+            Err(error) => return Err(error),
+        }
+    }
+    if request.write {
+        refuse_marks(&request, &header)?;
     }
     let mut storages = vec![main.clone()];
     if header.has_data_file() {
@@ -47,7 +64,36 @@ pub(crate) async fn open(request: OpenRequest) -> Result<Arc<dyn Image>> {
         _ => vellum_codec::deflate(None)?,
     };
     let tables = TableCache::new(main.clone(), request.limits.table_cache_bytes);
-    Ok(Arc::new(Qcow2Image::new(header, info, storages, tables, codec)?))
+    let bitmaps = extensions.bitmaps.filter(|_| are_kept);
+    let is_dirty = header.incompatible & INCOMPAT_DIRTY != 0;
+    let image = Qcow2Image::new(header, info, storages, tables, codec)?;
+    if !request.write {
+        return Ok(Arc::new(image));
+    }
+    let options = SessionOptions {
+        bitmaps,
+        events: request.events,
+        limits: request.limits,
+        recount: is_dirty && !request.skip_consistency_checks,
+    };
+    Ok(Arc::new(image.for_writing(options)?))
+}
+
+/// An image that says "repair me first" is not written. A dirty one is: its refcounts are counted anew before the first
+/// write.
+fn refuse_marks(request: &OpenRequest, header: &Header) -> Result<()> {
+    if header.has_data_file() && !request.open_parts {
+        return Err(Error::new(Code::Usage, "an image with a data file cannot be written without it"));
+    }
+    if header.incompatible & INCOMPAT_CORRUPT == 0 || request.skip_consistency_checks {
+        return Ok(());
+    }
+    Err(Error::new(Code::CorruptFlag, "the image is marked corrupt: writing could destroy more")
+        .field("incompatible_features")
+        .at(72)
+        .found(format!("{:#x}", header.incompatible))
+        .allowed("bit 1 clear")
+        .hint("`vellum repair` mends it; it can be read as it is"))
 }
 
 fn refuse_unknown_features(header: &Header, extensions: &Extensions) -> Result<()> {
@@ -146,7 +192,7 @@ async fn data_file(
         return Ok(None);
     }
     let asker = Asker::Part { of: request.location.clone() };
-    let opened = request.resolver.open(name, &asker, Access::default()).await.map_err(|e| {
+    let opened = request.resolver.open(name, &asker, Access { write: request.write }).await.map_err(|e| {
         e.field("external data file name")
             .found(name)
             .context(format!("opening the data file of {}", request.location))
