@@ -2,7 +2,7 @@
 
 use crate::terminal::Terminal;
 use clap::{Args, ValueEnum};
-use vellum::io::{Driver, FilePolicy, LocalFiles, OpenOptions};
+use vellum::io::{Driver, FilePolicy, LocalFiles, LockMode, OpenOptions};
 use vellum::{ChainOptions, Code, Error, Events, Location, OpenedImage, Result, Vellum, parse_size};
 
 /// When to use colours. `Auto`: on a terminal, unless NO_COLOR is set.
@@ -24,6 +24,57 @@ impl From<ColorChoice> for clap::ColorChoice {
     }
 }
 
+/// How the files of images are reached.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Opening")]
+pub struct FileArgs {
+    /// Directory whose files images may name as parents and extents, besides their own directory; may be repeated
+    #[arg(long = "allow-dir", value_name = "DIR")]
+    pub allow_dirs: Vec<String>,
+    /// Go around the host's page cache (O_DIRECT)
+    #[arg(long)]
+    pub direct: bool,
+    /// Read although another process may be writing: what is read may be inconsistent
+    #[arg(short = 'U', long, conflicts_with = "no_lock")]
+    pub shared_read: bool,
+    /// Neither take locks nor look at those of others: two writers destroy an image
+    #[arg(long)]
+    pub no_lock: bool,
+}
+
+impl FileArgs {
+    /// The library over the files of this machine. The jobs of the command bring their own threads and wait for each
+    /// request: a hop to another thread gains nothing.
+    pub fn vellum(&self) -> Vellum {
+        self.vellum_with(Driver::Inline)
+    }
+
+    /// The library over the files of this machine, with `driver`.
+    pub fn vellum_with(&self, driver: Driver) -> Vellum {
+        let policy = FilePolicy {
+            allowed_directories: self.allow_dirs.iter().map(Into::into).collect(),
+            ..FilePolicy::default()
+        };
+        let lock = match (self.no_lock, self.shared_read) {
+            (true, _) => LockMode::None,
+            (false, true) => LockMode::SharedRead,
+            (false, false) => LockMode::Normal,
+        };
+        let open = OpenOptions { direct: self.direct, driver, lock, ..OpenOptions::default() };
+        Vellum::new(std::sync::Arc::new(LocalFiles::new(policy, open)))
+    }
+
+    /// How an image whose format is `format` is opened, where its parents do not matter.
+    pub fn options(&self, format: Option<&str>, terminal: &Terminal) -> ChainOptions {
+        let terminal = terminal.clone();
+        ChainOptions {
+            format: format.map(str::to_owned),
+            events: Events::new(move |message| terminal.warn(message)),
+            ..ChainOptions::default()
+        }
+    }
+}
+
 /// How images and what they refer to are opened.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Opening")]
@@ -31,42 +82,33 @@ pub struct OpenArgs {
     /// Place of a parent; repeat for the parent's parent, nearest first
     #[arg(long = "parent", value_name = "FILE")]
     pub parents: Vec<String>,
-    /// Directory whose files images may name as parents and extents, besides their own directory; may be repeated
-    #[arg(long = "allow-dir", value_name = "DIR")]
-    pub allow_dirs: Vec<String>,
     /// Recognise by content the format of a parent that its child does not state
     #[arg(long)]
     pub probe_parents: bool,
     /// Use a parent although it was modified after the child was made
     #[arg(long)]
     pub allow_modified_parent: bool,
-    /// Go around the host's page cache (O_DIRECT)
-    #[arg(long)]
-    pub direct: bool,
+    /// Read what the disk was in this internal snapshot (id or name)
+    #[arg(long, value_name = "ID")]
+    pub snapshot: Option<String>,
+    #[command(flatten)]
+    pub files: FileArgs,
 }
 
 impl OpenArgs {
     /// The library over the files of this machine.
     pub fn vellum(&self) -> Vellum {
-        let policy = FilePolicy {
-            allowed_directories: self.allow_dirs.iter().map(Into::into).collect(),
-            ..FilePolicy::default()
-        };
-        // The jobs of the command bring their own threads and wait for each request: a hop to another thread gains nothing.
-        let open = OpenOptions { direct: self.direct, driver: Driver::Inline, ..OpenOptions::default() };
-        Vellum::new(std::sync::Arc::new(LocalFiles::new(policy, open)))
+        self.files.vellum()
     }
 
     /// How a chain whose top image has `format` is opened; warnings go to the terminal.
     pub fn chain(&self, format: Option<&str>, terminal: &Terminal) -> ChainOptions {
-        let terminal = terminal.clone();
         ChainOptions {
-            format: format.map(str::to_owned),
             parents: self.parents.iter().map(|place| Location(place.clone())).collect(),
             probe_parents: self.probe_parents,
             allow_modified_parent: self.allow_modified_parent,
-            events: Events::new(move |message| terminal.warn(message)),
-            ..ChainOptions::default()
+            snapshot: self.snapshot.clone(),
+            ..self.files.options(format, terminal)
         }
     }
 }

@@ -44,6 +44,9 @@ pub struct CompareArgs {
     /// Place of a parent of B; --parent is for A
     #[arg(long = "second-parent", value_name = "FILE", help_heading = "Opening")]
     second_parents: Vec<String>,
+    /// Read what B was in this internal snapshot (id or name); --snapshot is for A
+    #[arg(long, value_name = "ID", help_heading = "Opening")]
+    second_snapshot: Option<String>,
     #[command(flatten)]
     open: OpenArgs,
 }
@@ -63,7 +66,11 @@ struct Report<'a> {
 /// Runs the verb.
 pub fn run(args: &CompareArgs, terminal: &Terminal) -> Result<ExitStatus, Failure> {
     let vellum = args.open.vellum();
-    let second = OpenArgs { parents: args.second_parents.clone(), ..args.open.clone() };
+    let second = OpenArgs {
+        parents: args.second_parents.clone(),
+        snapshot: args.second_snapshot.clone(),
+        ..args.open.clone()
+    };
     let (left, left_images) = vellum.open(&args.left, &args.open.chain(args.format.as_deref(), terminal))?;
     let (right, right_images) =
         vellum.open(&args.right, &second.chain(args.second_format.as_deref(), terminal))?;

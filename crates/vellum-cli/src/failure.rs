@@ -14,18 +14,34 @@ pub struct ExitStatus(u8);
 impl ExitStatus {
     /// Done; for compare: the disks are the same.
     pub const DONE: Self = ExitStatus(0);
-    /// The disks differ.
+    /// The disks differ; for io: what was read is not what was expected.
     pub const DIFFERENT: Self = ExitStatus(1);
+    /// check: the image could not be checked.
+    pub const CHECK_IMPOSSIBLE: Self = ExitStatus(1);
+    /// check: there are errors.
+    pub const CHECK_ERRORS: Self = ExitStatus(2);
+    /// check: there are leaks and nothing worse.
+    pub const CHECK_LEAKS: Self = ExitStatus(3);
     /// The command line is wrong.
     pub const USAGE: Self = ExitStatus(2);
+    /// An image is damaged.
+    pub const DAMAGED: Self = ExitStatus(5);
     const NOT_FOUND: Self = ExitStatus(3);
     const MACHINE: Self = ExitStatus(4);
-    const REFUSED: Self = ExitStatus(5);
+    const REFUSED: Self = Self::DAMAGED;
     const BUSY: Self = ExitStatus(6);
 
     /// As shells report a process that a signal ended.
     pub fn of_signal(signal: usize) -> Self {
         ExitStatus(u8::try_from(signal).map_or(u8::MAX, |number| number.saturating_add(128)))
+    }
+
+    /// What `vellum check` ends with instead, where its codes have another meaning.
+    pub fn of_failed_check(self) -> Self {
+        match self.0 {
+            130.. => self,
+            _ => Self::CHECK_IMPOSSIBLE,
+        }
     }
 
     fn of(error: &Error) -> Self {

@@ -2,7 +2,9 @@
 //!
 //! ```text
 //!   info create convert compare map digest formats     the verbs: arguments, and how a result is shown
+//!   check repair snapshot io bench
 //!   args        arguments that several verbs share, and their parsers
+//!   writing     how disks are written, and asking before something is lost
 //!   terminal    standard output and error: colours, notes, warnings, JSON
 //!   meter       progress of long jobs, and stopping them by a signal
 //!   trace       warnings of the libraries that reach nobody else
@@ -17,6 +19,8 @@
 )]
 
 mod args;
+mod bench;
+mod check;
 mod compare;
 mod convert;
 mod create;
@@ -24,11 +28,15 @@ mod digest;
 mod failure;
 mod formats;
 mod info;
+mod io;
 mod map;
 mod meter;
+mod repair;
+mod snapshot;
 mod terminal;
 mod text;
 mod trace;
+mod writing;
 
 use args::ColorChoice;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -40,21 +48,23 @@ use terminal::Terminal;
 /// The text below `vellum --help`.
 const AFTER_HELP: &str = "\
 Exit codes:
-  0    done; for compare: the disks are the same
-  1    compare: the disks differ
+  0    done; for compare: the disks are the same; for check: nothing is wrong
+  1    compare: the disks differ; io: what was read is not what was expected
   2    the command line is wrong, or the target exists (--force overwrites it)
   3    a file, a parent or an extent was not found
   4    the machine failed: I/O error, no space, no permission
-  5    an image is damaged, or was refused by a limit or a policy
+  5    an image is damaged (repair: still), or was refused by a limit or a policy
   6    another process uses the image
   130  stopped by Ctrl-C (143: by SIGTERM); convert says whether --resume goes on
+
+check alone has those of `qemu-img check`: 0 nothing is wrong, 1 could not be checked, 2 errors, 3 only leaks
 
 Examples:
   vellum info disk.vmdk
   vellum convert -O qcow2 --compress disk.vmdk disk.qcow2
   vellum compare disk.vmdk disk.qcow2";
 
-/// Opens, converts, compares and describes virtual disks: qcow2, vmdk, vdi, vhd, raw.
+/// Opens, writes, converts, compares, checks and repairs virtual disks: qcow2, vmdk, vdi, vhd, raw.
 #[derive(Parser)]
 #[command(name = "vellum", version, propagate_version = true, after_help = AFTER_HELP)]
 struct Cli {
@@ -86,6 +96,11 @@ enum Verb {
     Compare(compare::CompareArgs),
     Map(map::MapArgs),
     Digest(digest::DigestArgs),
+    Check(check::CheckArgs),
+    Repair(repair::RepairArgs),
+    Snapshot(snapshot::SnapshotArgs),
+    Io(io::IoArgs),
+    Bench(bench::BenchArgs),
     Formats(formats::FormatsArgs),
 }
 
@@ -105,8 +120,10 @@ pub fn main() -> ExitCode {
     };
     let terminal = Terminal::new(cli.global.json, cli.global.quiet, cli.global.color);
     trace::show_warnings(&terminal);
+    let is_check = matches!(cli.verb, Verb::Check(_));
     let status = match run(cli.verb, &terminal) {
         Ok(status) => status,
+        Err(failure) if is_check => failure.show(&terminal).of_failed_check(),
         Err(failure) => failure.show(&terminal),
     };
     status.into()
@@ -121,6 +138,11 @@ fn run(verb: Verb, terminal: &Terminal) -> Result<ExitStatus, Failure> {
         Verb::Compare(args) => compare::run(&args, terminal),
         Verb::Map(args) => map::run(&args, terminal).map(done),
         Verb::Digest(args) => digest::run(&args, terminal).map(done),
+        Verb::Check(args) => check::run(&args, terminal),
+        Verb::Repair(args) => repair::run(&args, terminal),
+        Verb::Snapshot(args) => snapshot::run(&args, terminal).map(done),
+        Verb::Io(args) => io::run(&args, terminal),
+        Verb::Bench(args) => bench::run(&args, terminal).map(done),
         Verb::Formats(args) => formats::run(&args, terminal).map(done),
     }
 }
@@ -133,13 +155,20 @@ fn refuse(error: &clap::Error, words: &[OsString], color: ColorChoice) -> ExitCo
             Ok(()) => ExitStatus::DONE.into(),
         };
     }
+    // The first word that is no option: none of the options before a verb takes a value that could be `check`.
+    let verb = options(words).find(|word| !word.starts_with('-'));
+    let status = match verb {
+        Some("check") => ExitStatus::USAGE.of_failed_check(),
+        _ => ExitStatus::USAGE,
+    };
     if options(words).any(|word| word == "--json") {
         let terminal = Terminal::new(true, true, color);
-        return Failure::from(usage_error(error)).show(&terminal).into();
+        Failure::from(usage_error(error)).show(&terminal);
+    } else {
+        // Nobody is left to tell if standard error is closed.
+        let _ = error.print();
     }
-    // Nobody is left to tell if standard error is closed.
-    let _ = error.print();
-    ExitStatus::USAGE.into()
+    status.into()
 }
 
 /// The parser's message as an error of Vellum: its first paragraph, without the word `error` and the usage.
@@ -199,8 +228,10 @@ mod tests {
         let reference = include_str!("../../../docs/cli.md");
         for verb in Cli::command().get_subcommands() {
             assert!(reference.contains(&format!("## vellum {}", verb.get_name())), "{}", verb.get_name());
-            for long in verb.get_arguments().filter_map(|argument| argument.get_long()) {
-                assert!(reference.contains(&format!("--{long}")), "--{long} of {}", verb.get_name());
+            for action in std::iter::once(verb).chain(verb.get_subcommands()) {
+                for long in action.get_arguments().filter_map(|argument| argument.get_long()) {
+                    assert!(reference.contains(&format!("--{long}")), "--{long} of {}", verb.get_name());
+                }
             }
         }
         let codes = AFTER_HELP.lines().skip(1).take_while(|line| !line.is_empty());

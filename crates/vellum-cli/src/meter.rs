@@ -94,6 +94,17 @@ impl Meter {
         self.started.elapsed()
     }
 
+    /// Whether a signal asks to stop.
+    pub fn check_signal(&self) -> Control {
+        match self.signal.received() {
+            Some(_) => {
+                self.signal.announce(&self.terminal);
+                Control::Stop
+            }
+            None => Control::Continue,
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Phase> {
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -165,8 +176,7 @@ impl Progress for Meter {
         if self.first_position.load(Ordering::Relaxed) == UNKNOWN {
             self.first_position.fetch_min(position, Ordering::Relaxed);
         }
-        if self.signal.received().is_some() {
-            self.signal.announce(&self.terminal);
+        if self.check_signal() == Control::Stop {
             return Control::Stop;
         }
         if self.look != Look::Nothing && self.is_due() {

@@ -59,6 +59,22 @@ pub fn time_taken(time: Duration) -> String {
     if seconds < 60 { format!("{seconds}.{hundredths:02} s") } else { duration(time) }
 }
 
+/// Seconds since 1970 as a date and time in UTC: `2026-11-20 17:05:00`.
+pub fn date(unix: u64) -> String {
+    let (days, seconds) = (unix / 86_400, unix % 86_400);
+    // Days since 0000-03-01, in eras of 400 years: leap days stand at the end of a year then.
+    let days = days.saturating_add(719_468);
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}")
+}
+
 /// Text that came from an image, with everything escaped that could act on a terminal or reorder what is shown.
 pub fn clean(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
@@ -108,6 +124,22 @@ mod tests {
         assert_eq!(duration(Duration::from_secs(3723)), "1:02:03");
         assert_eq!(time_taken(Duration::from_millis(3059)), "3.05 s");
         assert_eq!(time_taken(Duration::from_secs(75)), "1:15");
+    }
+
+    #[test]
+    fn dates() {
+        for (unix, shown) in [
+            (0, "1970-01-01 00:00:00"),
+            (951_782_399, "2000-02-28 23:59:59"),
+            (951_782_400, "2000-02-29 00:00:00"),
+            (1_709_251_200, "2024-03-01 00:00:00"),
+            (4_107_542_399, "2100-02-28 23:59:59"),
+            (4_107_542_400, "2100-03-01 00:00:00"),
+            (1_767_225_599, "2025-12-31 23:59:59"),
+        ] {
+            assert_eq!(date(unix), shown);
+        }
+        assert!(!date(u64::MAX).is_empty());
     }
 
     #[test]

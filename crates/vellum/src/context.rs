@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 use vellum_core::{
-    Access, Asker, ChainOptions, Disk, Error, Format, FormatRegistry, OpenedImage, Resolver, Result, block_on,
+    Access, Asker, ChainOptions, Code, Disk, Error, Format, FormatRegistry, OpenedImage, Resolver, Result,
+    WriteAccess, block_on,
 };
 pub use vellum_io::FilePolicy;
 
@@ -45,9 +46,28 @@ impl Vellum {
         &self.resolver
     }
 
-    /// Opens a disk for reading, with all its parents.
+    /// Opens a disk with all its parents: for reading, unless [`ChainOptions::write`] says otherwise. Parents are
+    /// always opened for reading.
     pub fn open(&self, name: &str, options: &ChainOptions) -> Result<(Disk, Vec<OpenedImage>)> {
         block_on(self.formats.open_chain(&self.resolver, name, options))
+    }
+
+    /// Opens a disk for writing, with all its parents for reading; [`WriteAccess::IfPossible`] may fall back to reading.
+    /// [`Disk::close`] ends the writing; nothing else makes everything durable.
+    ///
+    /// # Errors
+    /// `USAGE` if the options name a snapshot: such a state can only be read.
+    pub fn open_for_writing(&self, name: &str, options: &ChainOptions) -> Result<(Disk, Vec<OpenedImage>)> {
+        if options.snapshot.is_some() {
+            return Err(Error::new(Code::Usage, "a snapshot can only be read")
+                .image(name)
+                .hint("apply it first, or convert it into an image of its own"));
+        }
+        let write = match options.write {
+            WriteAccess::No => WriteAccess::Yes,
+            asked => asked,
+        };
+        self.open(name, &ChainOptions { write, ..options.clone() })
     }
 
     /// Opens an image alone: no parent, no extent, no data file is touched.

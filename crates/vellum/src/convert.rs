@@ -125,6 +125,8 @@ impl Job<'_> {
     fn run(&self, progress: &dyn Progress) -> Result<ConvertReport> {
         let target = Location(self.request.target.clone());
         let job_location = journal::location(self.vellum.resolver.as_ref(), &target);
+        // Before it is opened for writing, which keeps other readers out.
+        target::check_not_source(self.vellum.resolver.as_ref(), &job_location, &self.images)?;
         let resumed = self.find_resumable(&job_location)?;
         let stamp = SourceStamp::take(&self.images);
         let providers = self.providers(resumed.as_ref().map(|(_, p)| p.begin.as_str()))?;
@@ -136,7 +138,6 @@ impl Job<'_> {
             }
             None => self.mode.clone(),
         };
-        target::check_not_source(self.vellum.resolver.as_ref(), &job_location, &self.images)?;
         if resumed.is_none() && self.mode != OutputMode::Device {
             // An old job file would claim progress of another `.part` than the one that is made now.
             journal::forget(self.vellum.resolver.as_ref(), &job_location)?;
@@ -162,6 +163,8 @@ impl Job<'_> {
         self.check_siblings(&output).map_err(|error| self.give_up(error, &output, &keeper))?;
         block_on(output.put_in_place()).map_err(|error| self.give_up(error, &output, &keeper))?;
         keeper.delete();
+        // Its files are locked against readers until it is gone.
+        drop(output);
         if self.request.verify { self.verify(report, progress) } else { Ok(report) }
     }
 

@@ -27,12 +27,18 @@ struct RawWriter {
 /// Begins a raw image: the file gets its final length at once.
 ///
 /// # Errors
-/// `USAGE` for compression, `NO_SPACE` and `IO` from the storage.
+/// `USAGE` for compression and parents, `NO_SPACE` and `IO` from the storage.
 pub(crate) async fn create(request: CreateRequest) -> Result<Box<dyn ImageWriter>> {
     if request.compress {
         return Err(Error::new(Code::Usage, "raw images cannot be compressed")
             .image(request.output.location())
             .hint("leave compression out, or choose a format that has it (qcow2, vmdk streamOptimized)"));
+    }
+    if let Some(parent) = &request.parent {
+        return Err(Error::new(Code::Usage, "a raw image holds every byte itself; it cannot have a parent")
+            .image(request.output.location())
+            .found(&parent.place)
+            .hint("make the child in another format, such as qcow2"));
     }
     let preallocate = match request.options.text("preallocation", "off") {
         "falloc" => Preallocate::Falloc,

@@ -45,6 +45,28 @@ impl Dir {
         ran.out
     }
 
+    /// Runs `qemu-io` commands on an image of `format` (QEMU's name); they must succeed, and find their patterns.
+    pub fn qemu_io(&self, format: &str, image: &str, commands: &[&str]) -> String {
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", format]).current_dir(self.0.path());
+        for one in commands {
+            command.args(["-c", one]);
+        }
+        let output = command.arg(image).output().expect("qemu-io runs (Debian package qemu-utils)");
+        let ran = Ran::new(output);
+        let failed = ran.code != 0 || ran.out.contains("failed") || ran.out.contains("can't");
+        assert!(!failed, "qemu-io {commands:?} {image}: {ran:#?}");
+        ran.out
+    }
+
+    /// Runs `vellum io` with `commands` and more arguments.
+    pub fn io(&self, image: &str, more: &[&str], commands: &[&str]) -> Ran {
+        let mut arguments = vec!["io", image];
+        arguments.extend(more);
+        commands.iter().for_each(|command| arguments.extend(["-c", *command]));
+        self.vellum(&arguments)
+    }
+
     /// Writes a file.
     pub fn write(&self, name: &str, content: &[u8]) {
         std::fs::write(self.path(name), content).expect("the file is written");
@@ -85,6 +107,33 @@ impl Dir {
         let report = self.vellum(&["digest", "--json", name]).json();
         report["digest"].as_str().expect("a digest").to_owned()
     }
+}
+
+/// The formats, and what QEMU calls them.
+pub const FORMATS: [(&str, &str); 5] =
+    [("raw", "raw"), ("vdi", "vdi"), ("vhd", "vpc"), ("vmdk", "vmdk"), ("qcow2", "qcow2")];
+
+/// Reads and writes at random places of a disk of 32 MiB, verified at the end.
+pub fn script(seed: u64, count: u64) -> String {
+    let mut state = seed;
+    let mut random = |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    let mut script = String::new();
+    for number in 0..count {
+        let (offset, length) = (random(31 << 20), [512, 4096, 5000, 65536, 300_000][random(5) as usize]);
+        let line = match random(8) {
+            0 => format!("write -q -z {offset} {length}"),
+            1 => format!("write -q -z -u {offset} {length}"),
+            2 => format!("write -q -P 0 {offset} {length}"),
+            3 => "flush -q".to_owned(),
+            _ => format!("write -q -S {number} {offset} {length}"),
+        };
+        script.push_str(&line);
+        script.push('\n');
+    }
+    script + "verify\nreopen -q\nverify\n"
 }
 
 /// Fills `bytes` with what hardly compresses, the same for the same seed.
