@@ -156,6 +156,12 @@ impl Disk {
 
     /// The pieces of `range`, without gaps, at most `max` of them. Holes of the storages count as zeros.
     pub async fn pieces(&self, range: Range<u64>, max: usize) -> Result<Vec<Piece>> {
+        self.split(range, max, true).await
+    }
+
+    /// The pieces of `range`; holes of the storages are looked for only if asked, since some file systems search
+    /// the whole file for them.
+    async fn split(&self, range: Range<u64>, max: usize, find_holes: bool) -> Result<Vec<Piece>> {
         let mut found: Vec<Piece> = Vec::new();
         let mut at = range.start;
         let end = range.end.min(self.size());
@@ -169,6 +175,10 @@ impl Disk {
                 Extent::Encoded(encoded) => {
                     let kind = PieceKind::Encoded(extent.layer, encoded);
                     found.push(Piece { range: extent.range, kind });
+                }
+                Extent::Raw { storage, offset } if !find_holes => {
+                    let kind = PieceKind::Raw { layer: extent.layer, storage, offset };
+                    push(&mut found, Piece { range: extent.range, kind });
                 }
                 Extent::Raw { storage, offset } => {
                     at = self.push_raw(&mut found, extent.range, extent.layer, storage, offset).await?;
@@ -291,7 +301,7 @@ impl Disk {
 
     /// [`Disk::read`] for those who hold the range.
     pub(crate) async fn read_unlocked(&self, buf: Buf, offset: u64) -> WithBuf {
-        let pieces = match self.pieces(offset..offset + buf.len() as u64, usize::MAX).await {
+        let pieces = match self.split(offset..offset + buf.len() as u64, usize::MAX, false).await {
             Ok(pieces) => pieces,
             Err(error) => return (buf, Err(error)),
         };

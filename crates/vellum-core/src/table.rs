@@ -15,6 +15,7 @@
 use crate::sync::RwLock;
 use crate::{Buf, Code, Error, Result, Storage, WriteFlags};
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,13 +38,32 @@ pub struct TableCache {
 
 #[derive(Default)]
 struct State {
-    pages: HashMap<u64, Slot>,
+    pages: HashMap<u64, Slot, BuildHasherDefault<OffsetHasher>>,
     // Clock order: the front is looked at first; a page used since gets another turn.
     clock: VecDeque<u64>,
     bytes: usize,
     dirty_bytes: usize,
     /// Counts what makes the file's bytes differ from what a running read may see.
     generation: u64,
+}
+
+/// Hashes an offset with one multiplication. Who made the image could make pages collide, but only as many as the
+/// budget holds, and a lookup happens for every request.
+#[derive(Default)]
+struct OffsetHasher(u64);
+
+impl Hasher for OffsetHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64((self.0 << 8) | u64::from(*byte)));
+    }
+    fn write_u64(&mut self, offset: u64) {
+        // Offsets are multiples of 512: the low bits come from the high half of the product.
+        let product = u128::from(offset) * u128::from(0x9e37_79b9_7f4a_7c15u64);
+        self.0 = (product >> 64) as u64 ^ product as u64;
+    }
 }
 
 struct Slot {
