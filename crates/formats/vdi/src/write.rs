@@ -17,7 +17,8 @@ use crate::layout::slot_of;
 use crate::map::{Run, VdiImage};
 use parking_lot::Mutex;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use vellum_core::{
     BoxFuture, Code, Committer, Discarded, Error, Intent, Limits, OpenRequest, Placement, Preallocate,
     Providers, Reservation, Result, Storage, TableChange, WritableImage, bytes,
@@ -26,7 +27,7 @@ use vellum_core::{
 /// The page of the header's sector in the table cache; pages of the map start later.
 pub(crate) const HEAD: u64 = 0;
 /// How often room is looked for, with a flush in between that lets slots go.
-const ROUNDS: u32 = 4;
+const ROUNDS: u32 = 64;
 /// How often a page is loaded again that others squeezed out of the cache.
 pub(crate) const TRIES: u32 = 1000;
 
@@ -35,6 +36,12 @@ pub(crate) struct Writer {
     pub(crate) alloc: Mutex<Alloc>,
     /// Held while the length of the file changes, or a slot at the end is taken.
     pub(crate) length: async_lock::Mutex<()>,
+    /// Held by the one block that is on its way into a hole: it has two slots meanwhile.
+    moving: Arc<async_lock::Mutex<()>>,
+    /// The slot that it moves to, with the lock.
+    moves_to: Mutex<Option<(u64, async_lock::MutexGuardArc<()>)>>,
+    /// Writers that found every slot taken. No move begins before they have theirs.
+    starving: AtomicU32,
     pub(crate) committer: Committer,
     pub(crate) providers: Providers,
     pub(crate) limits: Limits,
@@ -51,6 +58,9 @@ impl Writer {
         Writer {
             alloc: Mutex::default(),
             length: async_lock::Mutex::new(()),
+            moving: Arc::default(),
+            moves_to: Mutex::default(),
+            starving: AtomicU32::new(0),
             committer: Committer::default(),
             providers: request.providers.clone(),
             limits: request.limits,
@@ -58,6 +68,32 @@ impl Writer {
             has_parent: header.has_parent(),
             is_fixed: header.is_fixed(),
             counter_at: header.counter_at(),
+        }
+    }
+}
+
+/// A writer that found every slot taken, as long as it looks for one.
+struct Starving<'a>(&'a AtomicU32);
+
+impl<'a> Starving<'a> {
+    fn new(count: &'a AtomicU32) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Starving(count)
+    }
+}
+
+impl Drop for Starving<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Writer {
+    /// The reservation is committed or aborted; if it was a move, the next one may begin.
+    fn ends(&self, reservation: &Reservation) {
+        let mut moves_to = self.moves_to.lock();
+        if moves_to.as_ref().is_some_and(|(slot, _)| *slot == reservation.token) {
+            *moves_to = None;
         }
     }
 }
@@ -113,6 +149,7 @@ impl VdiImage {
         if wanted == 0 {
             return Err(self.misuse("room was asked for where there is some", range.start));
         }
+        let mut starving = None;
         for _ in 0..ROUNDS {
             let hole = writer.alloc.lock().take_hole(wanted);
             if let Some(slots) = hole {
@@ -121,7 +158,9 @@ impl VdiImage {
             if let Some((slots, zeroed)) = self.take_end(writer, wanted).await? {
                 return self.reservation(first, slots, zeroed);
             }
-            // All places are in use or wait for a flush before they can be used again.
+            // All places are in use, or held by a block that is moving, or wait for a flush before they can be used again.
+            starving.get_or_insert_with(|| Starving::new(&writer.starving));
+            drop(writer.moving.lock().await);
             self.flush_tables(writer).await?;
         }
         Err(Error::new(Code::NoSpace, "the image has no place for one more block")
@@ -173,8 +212,13 @@ impl VdiImage {
     /// A hole for `block`, which lies behind it.
     async fn reserve_move(&self, writer: &Writer, block: u64) -> Result<Reservation> {
         let entry = self.entries(block).await?.iter().next().and_then(slot_of);
+        let may_move = writer.starving.load(Ordering::Acquire) == 0;
+        let Some(alone) = writer.moving.try_lock_arc().filter(|_| may_move) else {
+            return Err(self.misuse("others need the room", block.saturating_mul(self.layout.block)));
+        };
         let mut alloc = writer.alloc.lock();
         if let Some(slots) = entry.and_then(|slot| alloc.take_hole_before(slot)) {
+            *writer.moves_to.lock() = Some((slots.start.into(), alone));
             return self.reservation(block, slots, false);
         }
         alloc.disown(block);
@@ -293,6 +337,7 @@ impl WritableImage for VdiImage {
             if entered.is_err() {
                 writer.alloc.lock().give_back(slots);
             }
+            writer.ends(&filled);
             entered
         })
     }
@@ -300,6 +345,7 @@ impl WritableImage for VdiImage {
     fn abort(&self, unused: Reservation) -> BoxFuture<'_, ()> {
         if let (Ok(writer), Ok((_, slots))) = (self.writing(), self.reserved(&unused)) {
             writer.alloc.lock().give_back(slots);
+            writer.ends(&unused);
         }
         Box::pin(async {})
     }

@@ -59,7 +59,8 @@ fn a_flush_costs_two_flushes_and_a_write_none() {
     assert_eq!(cost(&flush), 2, "blocks moved");
     assert_eq!(cost(&|| write(40 << 20, 4096)), 0);
     assert!(cost(&flush) <= 2);
-    assert!(cost(&|| disk.close().wait().unwrap()) <= 4);
+    let close = cost(&|| disk.close().wait().unwrap());
+    assert!(close <= 6, "closing moves what is left: {close} flushes");
 }
 
 #[test]
