@@ -53,6 +53,7 @@ pub struct Counts {
 
 impl Bench {
     /// A disk of `size` bytes at `path`; with a parent, the child of the image at that path, whose content is given.
+    #[allow(clippy::too_many_arguments)]
     pub fn new(
         formats: Vec<Arc<dyn Format>>,
         format: &Arc<dyn Format>,

@@ -371,8 +371,8 @@ mod tests {
         assert_eq!(sectors(0..65536), u128::MAX);
         assert_eq!(sectors(65535..65536), 1 << 127);
         assert_eq!(runs(0b1101, 2048).collect::<Vec<_>>(), [0..512, 1024..2048]);
-        assert_eq!(runs(u128::MAX, 65536).collect::<Vec<_>>(), [0..65536]);
-        assert_eq!(runs(0b10, 700).collect::<Vec<_>>(), [512..700]);
+        assert!(runs(u128::MAX, 65536).eq(std::iter::once(0..65536)));
+        assert!(runs(0b10, 700).eq(std::iter::once(512..700)));
     }
 
     #[test]

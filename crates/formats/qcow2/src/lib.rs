@@ -82,8 +82,8 @@ mod write;
 
 use std::sync::Arc;
 use vellum_core::{
-    BoxFuture, CheckReport, CheckRequest, Confidence, CreateRequest, Format, Image, ImageWriter, OpenRequest, OptionSpec, Result,
-    Sample, bytes,
+    BoxFuture, CheckReport, CheckRequest, Confidence, CreateRequest, Format, Image, ImageWriter, OpenRequest,
+    OptionSpec, Result, Sample, bytes,
 };
 
 /// The driver of QCOW2.

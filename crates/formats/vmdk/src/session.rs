@@ -217,7 +217,8 @@ async fn mark(storage: &dyn Storage, is_unclean: bool) -> Result<()> {
             .hint("another program uses the disk; close it there and try again"));
     }
     match header.get_mut(UNCLEAN_AT) {
-        Some(byte) if *byte != u8::from(is_unclean) => *byte = u8::from(is_unclean),
+        // A mark that is there may not be durable: a flush that failed before may have lost it for good.
+        Some(byte) if is_unclean || *byte != 0 => *byte = u8::from(is_unclean),
         _ => return Ok(()),
     }
     write_slice(storage, 0, &header).await
