@@ -117,8 +117,11 @@ impl Content {
 
     /// Makes `range` zero.
     pub fn zero(&mut self, range: Range<u64>) {
-        let touched: Vec<u64> =
-            self.pages.range(range.start / PAGE as u64..range.end.div_ceil(PAGE as u64)).map(|(n, _)| *n).collect();
+        let touched: Vec<u64> = self
+            .pages
+            .range(range.start / PAGE as u64..range.end.div_ceil(PAGE as u64))
+            .map(|(n, _)| *n)
+            .collect();
         for number in touched {
             let start = number * PAGE as u64;
             let from = range.start.max(start) - start;

@@ -204,9 +204,9 @@ fn durable(trace: &Trace, cut: usize) -> Vec<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{SimFiles, masks, mask::Depth, random::Random};
+    use crate::{SimFiles, mask::Depth, masks, random::Random};
     use std::collections::HashSet;
-    use vellum_core::{Access, Asker, Buf, Resolver, Storage, WriteFlags};
+    use vellum_core::{Access, Asker, Buf, Storage, WriteFlags};
 
     fn open(files: &std::sync::Arc<SimFiles>) -> std::sync::Arc<dyn Storage> {
         files.resolver().open("f", &Asker::User, Access { write: true }).wait().unwrap().storage

@@ -33,9 +33,24 @@ pub(crate) struct State {
 /// An operation that was issued and did not complete.
 pub(crate) enum Pending {
     /// Not recorded as an operation: reads change nothing.
-    Read { file: FileId, buf: Buf, offset: u64, fault: Option<Fault>, answer: Completer<WithBuf> },
-    Write { op: usize, buf: Buf, fault: Option<Fault>, answer: Completer<WithBuf> },
-    Other { op: usize, fault: Option<Fault>, answer: Completer<Result<()>> },
+    Read {
+        file: FileId,
+        buf: Buf,
+        offset: u64,
+        fault: Option<Fault>,
+        answer: Completer<WithBuf>,
+    },
+    Write {
+        op: usize,
+        buf: Buf,
+        fault: Option<Fault>,
+        answer: Completer<WithBuf>,
+    },
+    Other {
+        op: usize,
+        fault: Option<Fault>,
+        answer: Completer<Result<()>>,
+    },
 }
 
 impl SimFiles {

@@ -127,6 +127,7 @@ pub fn masks(members: &[Member], depth: Depth, random: &mut Random) -> Vec<Mask>
         for part in torn(member) {
             found.add((0..count).map(|i| if i == one { part } else { Part::Whole }));
             found.add((0..count).map(|i| if i == one { part } else { whole_if(i < one) }));
+            found.add((0..count).map(|i| if i == one { part } else { Part::Absent }));
         }
     }
     if count <= depth.exhaustive {

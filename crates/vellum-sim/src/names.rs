@@ -13,7 +13,9 @@ pub(crate) fn resolve(name: &str, asker: &Asker) -> Result<String> {
     }
     let scheme = name.split(['/', '\\']).next().is_some_and(|first| first.contains(':'));
     if scheme || name.starts_with("//") || name.starts_with("\\\\") {
-        return Err(Error::new(Code::RemoteRef, "the image names something that is not a local file").image(of));
+        return Err(
+            Error::new(Code::RemoteRef, "the image names something that is not a local file").image(of)
+        );
     }
     let name = name.replace('\\', "/");
     let name = name.trim_start_matches("./");

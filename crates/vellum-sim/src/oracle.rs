@@ -14,6 +14,7 @@ pub struct Oracle {
     base: Content,
     base_hashes: Arc<[u64]>,
     requests: Vec<Request>,
+    session: usize,
     known: HashMap<u64, Box<[u8; 512]>>,
 }
 
@@ -39,7 +40,7 @@ impl Oracle {
                 hashes[sector as usize] = hash_of(&bytes);
             }
         }
-        Oracle { base, base_hashes: hashes.into(), requests: Vec::new(), known: HashMap::new() }
+        Oracle { base, base_hashes: hashes.into(), requests: Vec::new(), session: 0, known: HashMap::new() }
     }
 
     /// Size of the disk in sectors.
@@ -52,9 +53,14 @@ impl Oracle {
         &self.requests
     }
 
+    /// The image is opened again. Flushes from now on do not cover what was written before: closing did, or failed to.
+    pub fn new_session(&mut self) {
+        self.session += 1;
+    }
+
     /// A request was submitted; its number.
     pub fn begin(&mut self, kind: RequestKind, now: usize) -> usize {
-        self.requests.push(Request { kind, begun: now, ended: None });
+        self.requests.push(Request { kind, session: self.session, begun: now, ended: None });
         self.requests.len() - 1
     }
 
@@ -74,7 +80,12 @@ impl Oracle {
 
     /// What a read that lasts from one moment to another may see.
     pub fn readable(&mut self, from: usize, to: usize) -> Allowed {
-        let is_settled: Vec<bool> = self.requests.iter().map(|request| request.succeeded_by(from)).collect();
+        // What a session wrote that could not be closed may be lost when the image is opened again.
+        let is_settled = |request: &Request| match request.session == self.session {
+            true => request.succeeded_by(from),
+            false => self.is_durable(request, from),
+        };
+        let is_settled: Vec<bool> = self.requests.iter().map(is_settled).collect();
         self.allowed(to, &is_settled)
     }
 
@@ -86,6 +97,7 @@ impl Oracle {
         has_fua
             || self.requests.iter().any(|flush| {
                 matches!(flush.kind, RequestKind::Flush)
+                    && flush.session == request.session
                     && flush.succeeded_by(moment)
                     && request.precedes(flush)
             })
@@ -125,7 +137,9 @@ impl Oracle {
         for (request, is_settled) in requests.iter().zip(settled) {
             let mut after = self.apply_all(request, sector, &current);
             let answered = request.ended.is_some_and(|(_, ok)| ok);
-            if !answered || !request.is_definite() {
+            // A session that could not be closed may have lost what it wrote.
+            let is_lost = !*is_settled && request.session != self.session;
+            if !answered || !request.is_definite() || is_lost {
                 join(&mut after, &current);
             }
             current = after;
@@ -270,9 +284,11 @@ mod tests {
     #[test]
     fn a_failed_write_and_a_discard_stay_open() {
         let mut oracle = Oracle::new(Content::from_bytes(&[9; 512]));
-        for (at, kind, is_ok) in
-            [(0, write(0, 1, 512), false), (2, RequestKind::Discard(0..512), true), (4, RequestKind::Flush, true)]
-        {
+        for (at, kind, is_ok) in [
+            (0, write(0, 1, 512), false),
+            (2, RequestKind::Discard(0..512), true),
+            (4, RequestKind::Flush, true),
+        ] {
             let number = oracle.begin(kind, at);
             oracle.end(number, at + 1, is_ok);
         }

@@ -29,6 +29,8 @@ pub enum RequestKind {
 pub struct Request {
     /// What was asked for.
     pub kind: RequestKind,
+    /// In which writing session: a flush covers what its own session wrote.
+    pub session: usize,
     /// When it was submitted.
     pub begun: usize,
     /// When it was answered, and whether it succeeded.

@@ -39,10 +39,7 @@ pub enum OpKind {
 impl OpKind {
     /// Whether it concerns names, not bytes.
     pub fn is_of_directory(&self) -> bool {
-        matches!(
-            self,
-            OpKind::Create(_) | OpKind::Rename(..) | OpKind::Delete(_) | OpKind::SyncDirectory
-        )
+        matches!(self, OpKind::Create(_) | OpKind::Rename(..) | OpKind::Delete(_) | OpKind::SyncDirectory)
     }
 }
 
