@@ -119,13 +119,16 @@ fn wrong_map(bytes: &mut Vec<u8>) {
 }
 
 /// A VHD that lost its footer.
+#[allow(clippy::ptr_arg)] // a Damage
 fn lost_footer(bytes: &mut Vec<u8>) {
     let end = bytes.len();
     bytes[end - 512..].fill(0);
 }
 
-const CASES: [(&str, fn(&mut Vec<u8>)); 3] =
-    [("qcow2", wrong_refcounts), ("vdi", wrong_map), ("vhd", lost_footer)];
+/// Damages the bytes of an image, which may grow.
+type Damage = fn(&mut Vec<u8>);
+
+const CASES: [(&str, Damage); 3] = [("qcow2", wrong_refcounts), ("vdi", wrong_map), ("vhd", lost_footer)];
 
 /// Repairs over files of which the power goes after `changes`; whether it went.
 fn repair(files: &Arc<MemoryFiles>, changes: u64) -> (bool, Result<bool>) {
