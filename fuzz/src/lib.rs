@@ -11,6 +11,9 @@
 //!                                4..     end of the file; a second file follows
 //! ```
 
+pub mod ops;
+pub mod shapes;
+
 use arbitrary::{Arbitrary, Unstructured};
 use std::sync::Arc;
 use vellum::{ChainOptions, Disk, FormatRegistry, Resolver, block_on};

@@ -2,7 +2,7 @@
 
 use crate::raw::{FileKind, RawFile};
 use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use vellum_core::{Result, Status};
@@ -67,7 +67,7 @@ impl RawFile {
 
     /// The next data at or after `at`, both ends inside `at..end`; `None` if there is none up to the end of the file.
     fn next_data(&self, at: u64, end: u64) -> Result<Option<(u64, u64)>> {
-        let data = match seek(&self.fd, SeekFrom::Data(at)) {
+        let data = match retry_on_intr(|| seek(&self.fd, SeekFrom::Data(at))) {
             Ok(data) => data.clamp(at, end),
             Err(Errno::NXIO) => return Ok(None),
             Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => {
@@ -79,7 +79,7 @@ impl RawFile {
         if data >= end {
             return Ok(Some((end, end)));
         }
-        match seek(&self.fd, SeekFrom::Hole(data)) {
+        match retry_on_intr(|| seek(&self.fd, SeekFrom::Hole(data))) {
             // A hole that begins where data begins: they contradict each other, so it counts as data.
             Ok(hole) if hole <= data => Ok(Some((data, end))),
             Ok(hole) => Ok(Some((data, hole.min(end)))),
