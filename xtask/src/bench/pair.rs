@@ -117,7 +117,7 @@ impl Pair {
 const LONG_SECONDS: f64 = 6.0;
 
 /// What a run of the usual disk needs of the page cache.
-const TOUCHED_MIB: usize = 1536;
+const TOUCHED_MIB: usize = 1280;
 
 /// What all pairs of a run share.
 pub struct Arena<'a> {
