@@ -4,12 +4,18 @@
 //! `VELLUM_CRASHSIM_STATES=1000000` asks for another number, `VELLUM_CRASHSIM_CASES=vdi,qcow2-child` for certain cases,
 //! `VELLUM_CRASHSIM_SEED=7` for other random workloads. `VELLUM_CRASHSIM='case=..;..'` replays a failure (test `replay`).
 
+use std::io::Write as _;
 use std::sync::Mutex;
 use vellum::FlushPoint;
 use vellum_tests::crash::cases::{CASES, Case};
 use vellum_tests::crash::cost::cost;
 use vellum_tests::crash::hunt::{Report, hunt, mutate, replay};
 use vellum_tests::parallel::two_at_a_time;
+
+/// Prints past the test harness, which keeps what passing tests print to itself: the counts are part of the result.
+macro_rules! tell {
+    ($($what:tt)*) => { writeln!(std::io::stderr(), $($what)*).expect("standard error") };
+}
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text}")))
@@ -34,7 +40,7 @@ fn every_crash_state_keeps_what_was_promised() {
         let case = Case::named(name);
         match hunt(case, states * case.share / 100, seed) {
             Ok(report) => {
-                println!("{report}");
+                tell!("{report}");
                 reports.lock().expect("no panic").push(report);
             }
             Err(failure) => panic!("{failure}"),
@@ -42,7 +48,7 @@ fn every_crash_state_keeps_what_was_promised() {
     });
     let reports = reports.into_inner().expect("no panic");
     let states: usize = reports.iter().map(|report| report.states).sum();
-    println!("{states} distinct crash states of {} cases, no violation", reports.len());
+    tell!("{states} distinct crash states of {} cases, no violation", reports.len());
 }
 
 /// Which flushes a format needs, as far as this simulator can see.
@@ -71,8 +77,8 @@ fn no_flush_can_be_left_out() {
         let is_needed = needs(&case, *point);
         let found = mutate(case, *point, if is_needed { 400 } else { 60 });
         match (&found, is_needed) {
-            (Some(failure), true) => println!("{name:16} without {point:?}: {}", failure.message),
-            (None, false) => println!("{name:16} without {point:?}: not missed; the format does not need it"),
+            (Some(failure), true) => tell!("{name:16} without {point:?}: {}", failure.message),
+            (None, false) => tell!("{name:16} without {point:?}: not missed; the format does not need it"),
             (None, true) => panic!("nobody misses the flush"),
             (Some(failure), false) => panic!("the flush is needed after all: {failure}"),
         }
@@ -85,9 +91,13 @@ fn no_flush_can_be_left_out() {
 fn a_guest_flush_costs_two_file_flushes_and_a_write_none() {
     for case in cases() {
         let cost = cost(case, 100);
-        println!(
+        tell!(
             "{:16} at most {} flushes of a file for a guest flush, {} where space was let go, {} for a change ({} requests)",
-            case.name, cost.flush, cost.flush_after_discard, cost.change, cost.requests
+            case.name,
+            cost.flush,
+            cost.flush_after_discard,
+            cost.change,
+            cost.requests
         );
         assert!(cost.flush <= 2 && cost.change == 0, "{}: {cost:?}", case.name);
         assert!(cost.flush_after_discard <= 4, "{}: {cost:?}", case.name);

@@ -5,6 +5,7 @@ mod convert;
 mod disk;
 mod empty;
 mod host;
+mod io;
 mod measure;
 mod options;
 mod pair;
@@ -34,6 +35,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
         "convert" => convert::run(&options),
         "reflink" => reflink::run(&options),
         "empty" => empty::run(&options),
+        "io" => io::run(&options),
         "disk" => disk::Disk::ready(&options.directory_or(&tools::default_directory()), options.used_bytes)
             .map(|disk| println!("{}: {} MiB used", disk.raw().display(), disk.used_bytes >> 20)),
         other => Err(format!("there is no benchmark {other:?}\n\n{}", options::USAGE)),

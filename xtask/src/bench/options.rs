@@ -5,11 +5,12 @@ use super::variant::{self, Variant};
 use std::path::{Path, PathBuf};
 
 pub const USAGE: &str = "\
-Usage: cargo xtask bench convert|reflink|empty|disk [options]
+Usage: cargo xtask bench convert|reflink|empty|io|disk [options]
 
   convert   a disk with real files through all pairs of formats, beside qemu-img
   reflink   uncompressed pairs on btrfs and XFS, where blocks can be shared (needs root)
   empty     create, info, map and convert of empty 64 TiB disks
+  io        random 4 KiB reads and writes inside images, beside qemu-img bench
   disk      only build the disk that the others convert
 
   --runs N          rounds; medians are reported                               [5]
