@@ -7,7 +7,7 @@ use crate::text::{clean, exact_size, size};
 use clap::Args;
 use serde::Serialize;
 use std::io::{self, Write};
-use vellum::{CheckReport, Severity};
+use vellum::{CheckReport, FINDINGS_MAX, Severity};
 
 const AFTER_HELP: &str = "\
 Looks at the image alone, not at its parents, and changes nothing.
@@ -101,6 +101,9 @@ pub fn run(args: &CheckArgs, terminal: &Terminal) -> Result<ExitStatus, Failure>
     })
 }
 
+/// Findings that people are shown; more of the same says nothing new.
+const SHOWN_MAX: usize = 30;
+
 /// What is wrong, the worst in bold.
 pub fn write_findings(out: &mut dyn Write, style: Style, image: &str, found: &CheckReport) -> io::Result<()> {
     let verdict = verdict(found);
@@ -110,7 +113,7 @@ pub fn write_findings(out: &mut dyn Write, style: Style, image: &str, found: &Ch
         _ => style.bad(&verdict),
     };
     writeln!(out, "{} ({}): {verdict}", style.title(&clean(image)), found.format)?;
-    for finding in &found.findings {
+    for finding in found.findings.iter().take(SHOWN_MAX) {
         let word = format!("{:5}", finding.severity.as_str());
         let word = match finding.severity {
             Severity::Note => style.dim(&word),
@@ -120,10 +123,11 @@ pub fn write_findings(out: &mut dyn Write, style: Style, image: &str, found: &Ch
         let place = finding.offset.map_or(String::new(), |offset| format!(" (at byte {offset:#x})"));
         writeln!(out, "  {word}  {}{place}", clean(&finding.message))?;
     }
-    let counted = found.findings.iter().filter(|finding| finding.severity != Severity::Note).count() as u64;
+    let shown = found.findings.iter().take(SHOWN_MAX);
+    let counted = shown.filter(|finding| finding.severity != Severity::Note).count() as u64;
     match (found.errors + found.leaks).saturating_sub(counted) {
         0 => Ok(()),
-        more => writeln!(out, "  ... and {more} more"),
+        more => writeln!(out, "  ... and {more} more; --json lists up to {FINDINGS_MAX}"),
     }
 }
 
