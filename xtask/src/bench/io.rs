@@ -141,7 +141,8 @@ fn table(rows: &[Row]) -> String {
     let _ = writeln!(
         text,
         "\n{REQUESTS} requests of 4 KiB over {SIZE_MIB} MiB, medians. Times are those of all requests by their number. Vellum's driver is \
-         inline (the caller's thread), so its depth changes nothing but the order."
+         inline (the caller's thread), so its depth changes nothing but the order. Its times of writes end with a flush of all that was \
+         written; `qemu-img bench` makes none."
     );
     text
 }
