@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod counting;
 pub mod format;
 pub mod peers;
 pub mod storage;

@@ -1,14 +1,13 @@
 //! The suite that every format passes that can be written in place: whatever is done to the disk, it reads as the
 //! byte-array model says, at once and after reopening; a guest flush costs few file flushes and a write none.
 
+use crate::counting::CountingFiles;
 use crate::format::{Recipe, pattern};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use vellum_core::{
-    Access, Asker, Buf, ChainOptions, Completion, CreateRequest, Disk, Format, FormatRegistry, Identity,
-    Location, OpenFlags, Opened, OptionValues, Output, OutputMode, ParentLink, Preallocate, Providers,
-    Resolver, Result, StatusList, Storage, StorageId, StorageLimits, WithBuf, WriteAccess, WriteFlags,
-    ZeroMode, block_on,
+    Buf, ChainOptions, CreateRequest, Disk, Format, FormatRegistry, Identity, Location, OpenFlags,
+    OptionValues, Output, OutputMode, ParentLink, Providers, Resolver, Result, Storage, WriteAccess,
+    WriteFlags, ZeroMode, block_on,
 };
 use vellum_sim::MemoryFiles;
 
@@ -35,20 +34,11 @@ pub struct Bench {
     files: Arc<MemoryFiles>,
     path: String,
     flags: OpenFlags,
-    counts: Arc<Counts>,
+    counting: Arc<CountingFiles>,
     disk: Disk,
     /// The content as it should be.
     pub model: Vec<u8>,
     writes: u64,
-}
-
-/// File operations of the top image.
-#[derive(Debug, Default)]
-pub struct Counts {
-    /// Flushes.
-    pub flushes: AtomicU64,
-    /// Writes.
-    pub writes: AtomicU64,
 }
 
 impl Bench {
@@ -75,10 +65,10 @@ impl Bench {
             }
         };
         create(format, files, path, recipe, size, link)?;
-        let counts = Arc::new(Counts::default());
-        let disk = open(&registry, files, path, flags, &counts)?;
+        let counting = Arc::new(CountingFiles::new(files.clone()));
+        let disk = open(&registry, &counting, path, flags)?;
         let path = path.to_owned();
-        Ok(Bench { registry, files: files.clone(), path, flags, counts, disk, model, writes: 0 })
+        Ok(Bench { registry, files: files.clone(), path, flags, counting, disk, model, writes: 0 })
     }
 
     /// The disk of the image at `path` of `files`, which somebody made, and whose content is `model`.
@@ -90,10 +80,10 @@ impl Bench {
         flags: OpenFlags,
     ) -> Result<Self> {
         let registry = FormatRegistry::new(formats);
-        let counts = Arc::new(Counts::default());
-        let disk = open(&registry, files, path, flags, &counts)?;
+        let counting = Arc::new(CountingFiles::new(files.clone()));
+        let disk = open(&registry, &counting, path, flags)?;
         let path = path.to_owned();
-        Ok(Bench { registry, files: files.clone(), path, flags, counts, disk, model, writes: 0 })
+        Ok(Bench { registry, files: files.clone(), path, flags, counting, disk, model, writes: 0 })
     }
 
     /// The open disk.
@@ -140,13 +130,13 @@ impl Bench {
     }
 
     fn write(&mut self, range: std::ops::Range<usize>, data: &[u8]) {
-        let flushes = self.counts.flushes.load(Ordering::Relaxed);
-        let first = self.counts.writes.load(Ordering::Relaxed) == 0;
+        let flushes = self.counting.flushes();
+        let first = self.counting.writes().is_empty();
         let (_, result) =
             self.disk.write(Buf::copy_of(data), range.start as u64, WriteFlags::default()).wait();
         result.unwrap();
         if !first {
-            let more = self.counts.flushes.load(Ordering::Relaxed) - flushes;
+            let more = self.counting.flushes() - flushes;
             assert!(more <= 4, "a write cost {more} file flushes");
         }
         self.model[range].copy_from_slice(data);
@@ -169,13 +159,13 @@ impl Bench {
 
     /// File flushes of the top image so far.
     pub fn flushes(&self) -> u64 {
-        self.counts.flushes.load(Ordering::Relaxed)
+        self.counting.flushes()
     }
 
     /// Closes the disk and opens it again for writing.
     pub fn reopen(&mut self) {
         self.disk.close().wait().unwrap();
-        self.disk = open(&self.registry, &self.files, &self.path, self.flags, &self.counts).unwrap();
+        self.disk = open(&self.registry, &self.counting, &self.path, self.flags).unwrap();
     }
 
     /// Compares the whole disk with the model, as it is and as a second opening for reading sees it after a close.
@@ -288,99 +278,11 @@ fn options(flags: OpenFlags, write: bool) -> ChainOptions {
 
 fn open(
     registry: &FormatRegistry,
-    files: &Arc<MemoryFiles>,
+    counting: &Arc<CountingFiles>,
     path: &str,
     flags: OpenFlags,
-    counts: &Arc<Counts>,
 ) -> Result<Disk> {
-    let resolver: Arc<dyn Resolver> = Arc::new(Counting { files: files.clone(), counts: counts.clone() });
+    let resolver: Arc<dyn Resolver> = counting.clone();
     let (disk, _) = block_on(registry.open_chain(&resolver, path, &options(flags, true)))?;
     Ok(disk)
-}
-
-/// Files whose operations are counted.
-struct Counting {
-    files: Arc<MemoryFiles>,
-    counts: Arc<Counts>,
-}
-
-impl Resolver for Counting {
-    fn open(&self, name: &str, asker: &Asker, access: Access) -> Completion<Result<Opened>> {
-        let opened = self.files.open(name, asker, access).wait();
-        let counts = self.counts.clone();
-        Completion::ready(opened.map(|Opened { storage, location }| Opened {
-            storage: Arc::new(CountingFile { storage, counts }),
-            location,
-        }))
-    }
-    fn create(&self, location: &Location, replace: bool) -> Completion<Result<Arc<dyn Storage>>> {
-        self.files.create(location, replace)
-    }
-    fn rename(&self, from: &Location, to: &Location) -> Completion<Result<()>> {
-        self.files.rename(from, to)
-    }
-    fn delete(&self, location: &Location) -> Completion<Result<()>> {
-        self.files.delete(location)
-    }
-    fn exists(&self, location: &Location) -> Completion<Result<bool>> {
-        self.files.exists(location)
-    }
-    fn sync_directory(&self, location: &Location) -> Completion<Result<()>> {
-        self.files.sync_directory(location)
-    }
-    fn siblings(&self, location: &Location) -> Completion<Result<Vec<Location>>> {
-        self.files.siblings(location)
-    }
-    fn beside(&self, location: &Location, file_name: &str) -> Location {
-        self.files.beside(location, file_name)
-    }
-    fn file_name(&self, location: &Location) -> String {
-        self.files.file_name(location)
-    }
-}
-
-struct CountingFile {
-    storage: Arc<dyn Storage>,
-    counts: Arc<Counts>,
-}
-
-impl Storage for CountingFile {
-    fn name(&self) -> &str {
-        self.storage.name()
-    }
-    fn len(&self) -> Result<u64> {
-        self.storage.len()
-    }
-    fn limits(&self) -> StorageLimits {
-        self.storage.limits()
-    }
-    fn read_at(&self, buf: Buf, offset: u64) -> Completion<WithBuf> {
-        self.storage.read_at(buf, offset)
-    }
-    fn write_at(&self, buf: Buf, offset: u64, flags: WriteFlags) -> Completion<WithBuf> {
-        self.counts.writes.fetch_add(1, Ordering::Relaxed);
-        self.storage.write_at(buf, offset, flags)
-    }
-    fn flush(&self) -> Completion<Result<()>> {
-        self.counts.flushes.fetch_add(1, Ordering::Relaxed);
-        self.storage.flush()
-    }
-    fn zero(&self, range: std::ops::Range<u64>, mode: ZeroMode) -> Completion<Result<()>> {
-        self.storage.zero(range, mode)
-    }
-    fn discard(&self, range: std::ops::Range<u64>) -> Completion<Result<()>> {
-        self.storage.discard(range)
-    }
-    fn status(&self, range: std::ops::Range<u64>) -> Completion<Result<StatusList>> {
-        self.storage.status(range)
-    }
-    fn set_len(&self, len: u64, preallocate: Preallocate) -> Completion<Result<()>> {
-        self.storage.set_len(len, preallocate)
-    }
-    fn id(&self) -> Option<StorageId> {
-        self.storage.id()
-    }
-    fn as_any(&self) -> &dyn std::any::Any {
-        self.storage.as_any()
-    }
 }

@@ -8,10 +8,10 @@
 )]
 
 mod common;
-use common::counting::CountingFiles;
 use common::guest::{Guest, check, create, findings, link_to, open_readable, open_writable};
 use common::put32;
 use std::sync::Arc;
+use vellum_conformance::counting::CountingFiles;
 use vellum_core::{Buf, Code, OpenFlags, Resolver, WriteFlags};
 use vellum_sim::MemoryFiles;
 

@@ -1,7 +1,6 @@
 //! What the tests of this crate share.
 #![allow(dead_code, unused_imports)]
 
-pub mod counting;
 pub mod guest;
 
 use std::sync::Arc;

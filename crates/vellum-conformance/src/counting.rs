@@ -1,10 +1,10 @@
 //! Files that count what is done to them.
-#![allow(dead_code)]
 
+use parking_lot::Mutex;
 use std::any::Any;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use vellum_core::{
     Access, Asker, Buf, Completion, Location, Opened, Preallocate, Resolver, Result, StatusList, Storage,
     StorageId, StorageLimits, WithBuf, WriteFlags, ZeroMode,
@@ -24,19 +24,22 @@ pub struct CountingFiles {
 }
 
 impl CountingFiles {
+    /// Over `files`.
     pub fn new(files: Arc<MemoryFiles>) -> Self {
         CountingFiles { files, counts: Arc::default() }
     }
+    /// Counts from zero again.
     pub fn reset(&self) {
         self.counts.flushes.store(0, Ordering::SeqCst);
-        self.counts.writes.lock().unwrap().clear();
+        self.counts.writes.lock().clear();
     }
+    /// Flushes of all files.
     pub fn flushes(&self) -> u64 {
         self.counts.flushes.load(Ordering::SeqCst)
     }
     /// Offset and length of every write.
     pub fn writes(&self) -> Vec<(u64, usize)> {
-        self.counts.writes.lock().unwrap().clone()
+        self.counts.writes.lock().clone()
     }
 }
 
@@ -59,7 +62,7 @@ impl Storage for Counting {
         self.inner.read_at(buf, offset)
     }
     fn write_at(&self, buf: Buf, offset: u64, flags: WriteFlags) -> Completion<WithBuf> {
-        self.counts.writes.lock().unwrap().push((offset, buf.len()));
+        self.counts.writes.lock().push((offset, buf.len()));
         self.inner.write_at(buf, offset, flags)
     }
     fn flush(&self) -> Completion<Result<()>> {
