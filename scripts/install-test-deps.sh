@@ -13,6 +13,9 @@ packages=(
     python3-libvmdk # a second reader of VMDK
     python3-libvhdi # a second reader of VHD
     python3-libqcow # a second reader of qcow2
+    python3-websockets # the other end of WebSocket channels
+    openssl         # the other end of TLS channels: s_client, s_server
+    socat           # the other end of sockets and commands
     fdisk           # sfdisk: partition tables of the disks that the tests and benchmarks build
     e2fsprogs       # mke2fs -d: file systems filled without root
     btrfs-progs     # mkfs.btrfs: reflinks

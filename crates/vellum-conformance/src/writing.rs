@@ -6,8 +6,8 @@ use crate::format::{Recipe, pattern};
 use std::sync::Arc;
 use vellum_core::{
     Buf, ChainOptions, CreateRequest, Disk, Format, FormatRegistry, Identity, Location, OpenFlags,
-    OptionValues, Output, OutputMode, ParentLink, Providers, Resolver, Result, Storage, WriteAccess,
-    WriteFlags, ZeroMode, block_on,
+    OptionValues, Output, OutputMode, ParentLink, Property, Providers, Resolver, Result, Storage,
+    WriteAccess, WriteFlags, ZeroMode, block_on,
 };
 use vellum_sim::MemoryFiles;
 
@@ -162,10 +162,12 @@ impl Bench {
         self.counting.flushes()
     }
 
-    /// Closes the disk and opens it again for writing.
+    /// Closes the disk and opens it again for writing. What it told of its identity is what stands in the file.
     pub fn reopen(&mut self) {
+        let told = marks(&self.disk);
         self.disk.close().wait().unwrap();
         self.disk = open(&self.registry, &self.counting, &self.path, self.flags).unwrap();
+        assert_eq!(marks(&self.disk), told, "identities in the file, and those that were told");
     }
 
     /// Compares the whole disk with the model, as it is and as a second opening for reading sees it after a close.
@@ -176,10 +178,12 @@ impl Bench {
     /// Closes, and compares what is in the file with the model.
     pub fn close_and_verify(self) -> Arc<MemoryFiles> {
         self.verify();
+        let told = marks(&self.disk);
         self.disk.close().wait().unwrap();
         let resolver: Arc<dyn Resolver> = self.files.clone();
         let options = options(OpenFlags::default(), false);
         let (disk, _) = block_on(self.registry.open_chain(&resolver, &self.path, &options)).unwrap();
+        assert_eq!(marks(&disk), told, "identities in the file, and those that were told");
         self.compare(&disk, "the closed image");
         self.files
     }
@@ -264,6 +268,14 @@ pub fn link(registry: &FormatRegistry, files: &Arc<MemoryFiles>, path: &str) -> 
         identity: Identity { ..info.identity },
         modified_unix: Some(1_700_000_000),
     })
+}
+
+/// By what children recognise the top image of a disk, and its properties of the same meaning.
+fn marks(disk: &Disk) -> (Identity, Vec<Property>) {
+    const NAMES: [&str; 5] = ["uuidModify", "timestamp", "CID", "ddb.longContentID", "ddb.uuid.modification"];
+    let info = disk.layers()[0].image.info();
+    let properties = info.properties.iter().filter(|property| NAMES.contains(&property.name));
+    (info.identity, properties.cloned().collect())
 }
 
 fn options(flags: OpenFlags, write: bool) -> ChainOptions {

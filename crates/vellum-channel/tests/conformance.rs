@@ -1,0 +1,155 @@
+//! Every kind of channel passes the same suite, on both of its ends, asynchronous and blocking.
+
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+use vellum_channel::{
+    Buffer, Channel, Faulty, FaultyOptions, File, Observe, Pair, Pem, Rate, Shared, Socket, Stream, Throttle,
+    Timeout, TimeoutOptions, Tls, TlsClient, TlsClientOptions, TlsIdentity, TlsServer, TlsServerOptions,
+    WebSocket, WebSocketOptions,
+};
+use vellum_conformance::channel::{End, Subject, Traits, passes, passes_as_whole};
+
+fn boxed<A, B>(ends: (A, B)) -> (End, End)
+where
+    A: Channel + 'static,
+    B: Channel + 'static,
+{
+    (Box::new(ends.0), Box::new(ends.1))
+}
+
+fn tcp(address: &str) -> io::Result<(Socket, Socket)> {
+    let listener = TcpListener::bind(address)?;
+    let near = TcpStream::connect(listener.local_addr()?)?;
+    let (far, _) = listener.accept()?;
+    Ok((Socket::from_fd(OwnedFd::from(near))?, Socket::from_fd(OwnedFd::from(far))?))
+}
+
+async fn tls<C: Channel + 'static>(near: C, far: C) -> io::Result<(Tls<C>, Tls<C>)> {
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+    let pem = Pem::text(made.cert.pem());
+    let identity = TlsIdentity::new(pem.clone(), Pem::text(made.signing_key.serialize_pem()));
+    let client = TlsClient::new(TlsClientOptions { ca: Some(pem), ..TlsClientOptions::default() })?;
+    let server = TlsServer::new(TlsServerOptions::new(identity))?;
+    tokio::try_join!(client.connect(near, "localhost"), server.accept(far))
+}
+
+async fn web_socket<C: Channel + 'static>(near: C, far: C) -> io::Result<(WebSocket<C>, WebSocket<C>)> {
+    let options = WebSocketOptions::default();
+    tokio::try_join!(WebSocket::connect(near, "localhost", &options), WebSocket::accept(far, &options))
+}
+
+#[test]
+fn any_tokio_stream() {
+    let traits = Traits { moves: false, ..Traits::default() };
+    passes(&Subject::new("stream", traits, || async {
+        let (near, far) = tokio::io::duplex(65_536);
+        Ok(boxed((Stream::new(near), Stream::new(far))))
+    }));
+}
+
+#[test]
+fn pair() {
+    passes(&Subject::new("pair", Traits::default(), || async { Ok(boxed(Pair::new())) }));
+}
+
+#[test]
+fn a_narrow_pair() {
+    passes(&Subject::new("narrow pair", Traits::default(), || async {
+        Ok(boxed(Pair::with_capacity(1000)))
+    }));
+}
+
+#[test]
+fn tcp_over_ipv4() {
+    passes(&Subject::new("tcp", Traits::default(), || async { Ok(boxed(tcp("127.0.0.1:0")?)) }));
+}
+
+#[test]
+fn tcp_over_ipv6() {
+    if TcpListener::bind("[::1]:0").is_err() {
+        println!("not run: this machine has no IPv6");
+        return;
+    }
+    passes(&Subject::new("tcp over IPv6", Traits::default(), || async { Ok(boxed(tcp("[::1]:0")?)) }));
+}
+
+#[test]
+fn unix() {
+    passes(&Subject::new("unix", Traits::default(), || async { Ok(boxed(Socket::pair()?)) }));
+}
+
+#[test]
+fn tls_over_tcp() {
+    passes(&Subject::new("tls over tcp", Traits::default(), || async {
+        let (near, far) = tcp("127.0.0.1:0")?;
+        Ok(boxed(tls(near, far).await?))
+    }));
+}
+
+#[test]
+fn tls_over_a_pair() {
+    passes(&Subject::new("tls over a pair", Traits::default(), || async {
+        let (near, far) = Pair::with_capacity(3000);
+        Ok(boxed(tls(near, far).await?))
+    }));
+}
+
+/// A WebSocket has no half-close: whoever ends it ends both directions.
+fn closing_at_once() -> Traits {
+    Traits { half_closes: false, ..Traits::default() }
+}
+
+#[test]
+fn web_socket_over_tcp() {
+    passes(&Subject::new("websocket over tcp", closing_at_once(), || async {
+        let (near, far) = tcp("127.0.0.1:0")?;
+        Ok(boxed(web_socket(near, far).await?))
+    }));
+}
+
+#[test]
+fn web_socket_over_tls() {
+    passes(&Subject::new("websocket over tls", closing_at_once(), || async {
+        let (near, far) = Socket::pair()?;
+        let (near, far) = tls(near, far).await?;
+        Ok(boxed(web_socket(near, far).await?))
+    }));
+}
+
+#[test]
+fn wrapped_four_times() {
+    passes(&Subject::new("timeout, throttle, observe and share", Traits::default(), || async {
+        let (near, far) = Socket::pair()?;
+        let wrap = |socket| {
+            let long = Some(Duration::from_secs(100));
+            let timed = Timeout::new(socket, TimeoutOptions { read: long, write: long });
+            let throttled = Throttle::new(timed, Some(Rate::new(1 << 30)), Some(Rate::new(1 << 30)));
+            Shared::new(Observe::new(throttled))
+        };
+        Ok(boxed((wrap(near), wrap(far))))
+    }));
+}
+
+#[test]
+fn short_and_slow() {
+    passes(&Subject::new("faulty", Traits::default(), || async {
+        let (near, far) = Pair::new();
+        let faults =
+            FaultyOptions { seed: 7, short_percent: 60, pending_percent: 30, ..FaultyOptions::default() };
+        Ok(boxed((Faulty::new(near, faults), Faulty::new(far, faults))))
+    }));
+}
+
+#[test]
+fn memory() {
+    passes_as_whole("buffer", || Box::new(Buffer::new()));
+}
+
+#[test]
+fn regular_file() {
+    passes_as_whole("file", || {
+        Box::new(File::from_fd(tempfile::tempfile().expect("a file").into()).expect("a channel"))
+    });
+}

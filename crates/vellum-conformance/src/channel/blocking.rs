@@ -1,0 +1,127 @@
+//! The same by threads that block.
+
+use super::{End, Subject, chunks, executor, pattern, rooms, slices};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::sync::mpsc;
+use std::time::Duration;
+use vellum_channel::{Blocking, Channel, Features, Interest, Shutdown};
+
+pub(super) fn cases(subject: &Subject) {
+    for exchanged in [false, true] {
+        case(subject, exchanged, "chunks", |near, far| chunks_arrive(near, far, true));
+        case(subject, exchanged, "chunks, non-blocking", |near, far| chunks_arrive(near, far, false));
+        case(subject, exchanged, "std's traits", std_traits);
+        case(subject, exchanged, "would block", would_block);
+        case(subject, exchanged, "both directions in four threads", four_threads);
+        case(subject, exchanged, "shutdown wakes a thread", shutdown_wakes_a_thread);
+    }
+}
+
+type Ends = Blocking<End>;
+
+/// Runs one case in a thread, so that one that hangs is told of.
+fn case(
+    subject: &Subject,
+    exchanged: bool,
+    name: &'static str,
+    body: impl FnOnce(Ends, Ends) + Send + 'static,
+) {
+    eprintln!("{}: blocking: {name}{}", subject.name, if exchanged { ", ends exchanged" } else { "" });
+    let runtime = executor();
+    let (near, far) = runtime.block_on(subject.ends());
+    let (near, far) = if exchanged { (far, near) } else { (near, far) };
+    let moves = subject.traits.moves;
+    let handle = runtime.handle().clone();
+    let (tell, told) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let face = |channel| match moves {
+            true => Blocking::new(channel).expect("it moves"),
+            false => Blocking::on(handle.clone(), channel),
+        };
+        body(face(near), face(far));
+        let _: Result<(), _> = tell.send(());
+    });
+    match told.recv_timeout(super::PATIENCE) {
+        Err(mpsc::RecvTimeoutError::Timeout) => panic!("{}: blocking: {name}: hangs", subject.name),
+        _ => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+    }
+    runtime.shutdown_background();
+}
+
+fn chunks_arrive(mut near: Ends, mut far: Ends, is_blocking: bool) {
+    near.set_blocking(is_blocking);
+    far.set_blocking(is_blocking);
+    let sending = std::thread::spawn(move || {
+        near.writev_all(&slices(&chunks())).expect("written");
+        near.flush().expect("flushed");
+        near
+    });
+    let mut received = vec![vec![0xEE; 4194]; 250];
+    far.readv_all(&mut rooms(&mut received)).expect("read");
+    assert_eq!(received, chunks());
+    drop(sending.join().expect("the sender ended"));
+}
+
+fn std_traits(mut near: Ends, mut far: Ends) {
+    let sent = pattern(400_000);
+    let expected = sent.clone();
+    let sending = std::thread::spawn(move || {
+        near.write_all(&sent).expect("written");
+        near.end_writing().expect("ended");
+        near
+    });
+    let mut received = Vec::new();
+    far.read_to_end(&mut received).expect("read to the end");
+    assert!(received == expected);
+    assert!(!far.read_all_eof(&mut [0; 1]).expect("the end again"));
+    drop(sending.join().expect("the sender ended"));
+}
+
+fn would_block(mut near: Ends, mut far: Ends) {
+    far.set_blocking(false);
+    let mut room = [0; 4];
+    let error = far.read(&mut room).expect_err("nothing is there");
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    near.write_all(b"yes").expect("written");
+    near.flush().expect("flushed");
+    assert_eq!(far.wait(Interest::READ).expect("readable"), Interest::READ);
+    let read = far.readv_full(&mut [IoSliceMut::new(&mut room)], None, vellum_channel::ReadFlags::empty());
+    assert!((1..=3).contains(&read.expect("read")));
+    assert!(
+        near.writev_full(&[IoSlice::new(b"z")], &[], vellum_channel::WriteFlags::empty()).expect("one") == 1
+    );
+}
+
+fn four_threads(near: Ends, far: Ends) {
+    const BYTES: usize = 2 << 20;
+    let mut threads = Vec::new();
+    for channel in [near.into_shared(), far.into_shared()] {
+        let (mut reading, mut writing) = (channel.clone(), channel);
+        threads.push(std::thread::spawn(move || {
+            for part in pattern(BYTES).chunks(33_333) {
+                writing.write_all(part).expect("written");
+            }
+            writing.flush().expect("flushed");
+        }));
+        threads.push(std::thread::spawn(move || {
+            let mut received = vec![0; BYTES];
+            reading.read_all(&mut received).expect("read");
+            assert!(received == pattern(BYTES), "other bytes came than were sent");
+        }));
+    }
+    for thread in threads {
+        thread.join().expect("no thread fails");
+    }
+}
+
+fn shutdown_wakes_a_thread(mut near: Ends, far: Ends) {
+    if !near.channel().features().contains(Features::SHUTDOWN) {
+        return;
+    }
+    let control = near.channel().control();
+    let reading = std::thread::spawn(move || near.read(&mut [0; 4]));
+    std::thread::sleep(Duration::from_millis(30));
+    control.shutdown(Shutdown::Both).expect("shut down");
+    assert_eq!(reading.join().expect("the reader ended").expect("an end that was asked for"), 0);
+    drop(far);
+}

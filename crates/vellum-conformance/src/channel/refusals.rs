@@ -1,0 +1,75 @@
+//! What a channel cannot do it refuses, by the features that it states.
+
+use super::{End, Subject, case};
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut, SeekFrom};
+use std::os::fd::AsFd;
+use vellum_channel::{
+    Channel, ChannelExt, Descriptors, ErrorKind, Features, ReadFlags, WriteFlags, ZeroCopy, kind_of,
+};
+
+pub(super) fn cases(subject: &Subject) {
+    case(subject, "descriptors", descriptors);
+    case(subject, "zero-copy", zero_copy);
+    case(subject, "positions", positions);
+    case(subject, "names", names);
+}
+
+async fn descriptors(mut near: End, mut far: End) {
+    let file = File::open("/dev/null").expect("a file");
+    if near.features().contains(Features::DESCRIPTORS) {
+        let sent = [file.as_fd(), file.as_fd(), file.as_fd()];
+        near.writev_full_all(&[IoSlice::new(b"three")], &sent, WriteFlags::empty()).await.expect("sent");
+        let mut received = Descriptors::default();
+        let mut room = [0; 5];
+        far.readv_full_all(&mut [IoSliceMut::new(&mut room)], Some(&mut received), ReadFlags::empty())
+            .await
+            .expect("received");
+        assert_eq!((&room, received.len()), (b"three", 3));
+        return;
+    }
+    let error = near.writev_full(&[IoSlice::new(b"x")], &[file.as_fd()], WriteFlags::empty()).await;
+    assert_eq!(kind_of(&error.expect_err("no descriptors")), Some(ErrorKind::Unsupported));
+    let mut received = Descriptors::default();
+    let mut room = [0; 1];
+    let mut rooms = [IoSliceMut::new(&mut room)];
+    let error = far.readv_full(&mut rooms, Some(&mut received), ReadFlags::empty()).await;
+    assert_eq!(kind_of(&error.expect_err("no descriptors")), Some(ErrorKind::Unsupported));
+}
+
+async fn zero_copy(mut near: End, far: End) {
+    let file = File::open("/dev/null").expect("a file");
+    if near.features().contains(Features::DESCRIPTORS) {
+        let both = near.writev_full(&[IoSlice::new(b"x")], &[file.as_fd()], WriteFlags::ZERO_COPY).await;
+        assert_eq!(kind_of(&both.expect_err("not both")), Some(ErrorKind::Invalid));
+    }
+    if !near.features().contains(Features::ZERO_COPY) {
+        let error = near.writev_full(&[IoSlice::new(b"x")], &[], WriteFlags::ZERO_COPY).await;
+        assert_eq!(kind_of(&error.expect_err("no zero-copy")), Some(ErrorKind::Unsupported));
+    }
+    assert_eq!(near.flush_zero_copy().await.expect("nothing to wait for"), ZeroCopy::Sent);
+    drop(far);
+}
+
+async fn positions(mut near: End, far: End) {
+    if near.features().contains(Features::SEEK) {
+        return;
+    }
+    let error = near.seek_to(SeekFrom::Start(0)).await.expect_err("no positions");
+    assert_eq!(kind_of(&error), Some(ErrorKind::Unsupported), "{error}");
+    let error = near.preadv(&mut [IoSliceMut::new(&mut [0])], 0).await.expect_err("no positions");
+    assert_eq!(kind_of(&error), Some(ErrorKind::Unsupported), "{error}");
+    let error = near.pwritev(&[IoSlice::new(b"x")], 0).await.expect_err("no positions");
+    assert_eq!(kind_of(&error), Some(ErrorKind::Unsupported), "{error}");
+    drop(far);
+}
+
+async fn names(mut near: End, far: End) {
+    assert!(near.is_blocking(), "channels start in blocking mode");
+    assert!(!near.kind().is_empty());
+    near.set_name("migration");
+    assert_eq!(near.name(), "migration");
+    assert!(near.label().contains("migration"));
+    assert!(near.unsupported("cannot fly").to_string().contains("migration"));
+    drop(far);
+}

@@ -1,0 +1,83 @@
+//! Channels that have one end and positions: files and memory.
+
+use super::{End, chunks, executor, pattern, rooms, slices};
+use std::io::{IoSlice, IoSliceMut, SeekFrom};
+use tokio::io::AsyncWriteExt;
+use tokio::runtime::Handle;
+use vellum_channel::{Channel, ChannelExt, ErrorKind, Features, Interest, kind_of};
+
+/// What a channel passes that is read back where it was written. `make` gives an empty one.
+pub fn passes_as_whole(name: &str, make: impl Fn() -> End) {
+    for is_blocking in [true, false] {
+        eprintln!("{name}: written and read back");
+        executor().block_on(async {
+            let mut channel = make();
+            channel.set_blocking(is_blocking);
+            written_and_read_back(&mut channel).await;
+            positions(&mut channel).await;
+            moved(&mut channel).await;
+            closed(&mut channel).await;
+        });
+    }
+}
+
+async fn written_and_read_back(channel: &mut End) {
+    assert!(channel.features().contains(Features::SEEK));
+    assert_eq!(channel.ready(Interest::READ | Interest::WRITE).await.expect("no error"), Interest::all());
+    channel.writev_all(&slices(&chunks())).await.expect("written");
+    channel.flush().await.expect("flushed");
+    assert_eq!(channel.seek_to(SeekFrom::Start(0)).await.expect("moved"), 0);
+    let mut received = vec![vec![0xEE; 4194]; 250];
+    channel.readv_all(&mut rooms(&mut received)).await.expect("read");
+    assert_eq!(received, chunks());
+    assert!(!channel.read_all_eof(&mut [0; 1]).await.expect("the end"));
+}
+
+async fn positions(channel: &mut End) {
+    let end = 250 * 4194;
+    assert_eq!(channel.seek_to(SeekFrom::End(-4)).await.expect("moved"), end - 4);
+    let mut four = [0; 4];
+    assert_eq!(channel.preadv(&mut [IoSliceMut::new(&mut four)], 4194).await.expect("read"), 4);
+    assert_eq!(four, [1; 4], "what is at that place");
+    channel.read_all(&mut four).await.expect("read");
+    assert_eq!(four, [249; 4], "the position did not move");
+    assert_eq!(channel.pwritev(&[IoSlice::new(b"here")], 4194).await.expect("written"), 4);
+    assert_eq!(channel.seek_to(SeekFrom::Current(0)).await.expect("told"), end);
+    assert_eq!(channel.preadv(&mut [IoSliceMut::new(&mut four)], end).await.expect("the end"), 0);
+    assert_eq!(channel.seek_to(SeekFrom::Start(4192)).await.expect("moved"), 4192);
+    let mut eight = [9; 8];
+    channel.read_all(&mut eight).await.expect("read");
+    assert_eq!(eight, *b"\0\0here\x01\x01");
+    assert_eq!(channel.seek_to(SeekFrom::Current(-4)).await.expect("moved"), 4196);
+    channel.seek_to(SeekFrom::Current(-5000)).await.expect_err("before the start");
+    // A gap reads as zeroes.
+    assert_eq!(channel.seek_to(SeekFrom::Start(end + 3)).await.expect("moved"), end + 3);
+    channel.write_all(b"x").await.expect("written");
+    channel.flush().await.expect("flushed");
+    let mut gap = [9; 4];
+    assert_eq!(channel.preadv(&mut [IoSliceMut::new(&mut gap)], end).await.expect("read"), 4);
+    assert_eq!(gap, *b"\0\0\0x");
+}
+
+async fn moved(channel: &mut End) {
+    let other = executor();
+    channel.detach().expect("detached");
+    channel.attach(other.handle()).expect("attached");
+    channel.seek_to(SeekFrom::Start(7)).await.expect("moved");
+    channel.write_all(&pattern(1000)).await.expect("written");
+    channel.flush().await.expect("flushed");
+    let mut back = vec![0; 1000];
+    channel.preadv(&mut [IoSliceMut::new(&mut back)], 7).await.expect("read");
+    assert_eq!(back, pattern(1000));
+    channel.attach(&Handle::current()).expect("attached");
+    other.shutdown_background();
+}
+
+async fn closed(channel: &mut End) {
+    channel.close().await.expect("closed");
+    channel.close().await.expect("a second close does nothing");
+    let error = channel.readv(&mut [IoSliceMut::new(&mut [0; 4])]).await.expect_err("closed");
+    assert_eq!(kind_of(&error), Some(ErrorKind::Closed), "reading: {error}");
+    let error = channel.seek_to(SeekFrom::Start(0)).await.expect_err("closed");
+    assert_eq!(kind_of(&error), Some(ErrorKind::Closed), "seeking: {error}");
+}
