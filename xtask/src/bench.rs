@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: Vellum beside `qemu-img`, in the same run on the same machine. `benches/README.md` explains
 //! what is measured, `docs/benchmarks.md` holds the results.
 
+mod channel;
 mod convert;
 mod disk;
 mod empty;
@@ -36,6 +37,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
         "reflink" => reflink::run(&options),
         "empty" => empty::run(&options),
         "io" => io::run(&options),
+        "channel" => channel::run(&options),
         "disk" => disk::Disk::ready(&options.directory_or(&tools::default_directory()), options.used_bytes)
             .map(|disk| println!("{}: {} MiB used", disk.raw().display(), disk.used_bytes >> 20)),
         other => Err(format!("there is no benchmark {other:?}\n\n{}", options::USAGE)),

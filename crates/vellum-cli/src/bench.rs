@@ -18,7 +18,8 @@ use vellum::{
 
 const AFTER_HELP: &str = "\
 Reads, unless --write is given; that destroys what the disk holds, and needs --force too. Where nothing was ever written \
-a read costs nothing: --fill writes the whole range first.
+a read costs nothing: --fill writes the whole range first. Speed and latency are those of the requests; the first write, \
+which marks the image as being written, and the flush of everything at the end are told apart.
 
 Examples:
   vellum bench disk.qcow2
@@ -102,6 +103,9 @@ struct Report<'a> {
     iops: f64,
     bytes_per_second: f64,
     latency_ns: LatencyReport,
+    /// None when reading.
+    first_write_seconds: Option<f64>,
+    last_flush_seconds: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -167,6 +171,8 @@ pub fn run(args: &BenchArgs, terminal: &Terminal) -> Result<(), Failure> {
             p99: ns(found.latencies.percentile(99.0)),
             max: ns(found.latencies.max()),
         },
+        first_write_seconds: found.session.map(|session| session.first_write.as_secs_f64()),
+        last_flush_seconds: found.session.map(|session| session.last_flush.as_secs_f64()),
     })
 }
 
@@ -270,7 +276,13 @@ fn write_report(
         us(all.percentile(50.0)),
         us(all.percentile(99.0)),
         us(all.max()),
-    )
+    )?;
+    if let Some(session) = &found.session {
+        let ms = |time: Duration| format!("{:.1} ms", time.as_secs_f64() * 1000.0);
+        let (first, last) = (ms(session.first_write), ms(session.last_flush));
+        writeln!(out, "  {}  first write of the session {first}, last flush {last}", style.key("besides"))?;
+    }
+    Ok(())
 }
 
 impl OrderChoice {

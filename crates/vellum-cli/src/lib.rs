@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   info create convert compare map digest formats     the verbs: arguments, and how a result is shown
-//!   check repair snapshot io bench
+//!   check repair snapshot io bench channel
 //!   args        arguments that several verbs share, and their parsers
 //!   writing     how disks are written, and asking before something is lost
 //!   terminal    standard output and error: colours, notes, warnings, JSON
@@ -20,6 +20,7 @@
 
 mod args;
 mod bench;
+mod channel;
 mod check;
 mod compare;
 mod convert;
@@ -101,6 +102,7 @@ enum Verb {
     Snapshot(snapshot::SnapshotArgs),
     Io(io::IoArgs),
     Bench(bench::BenchArgs),
+    Channel(channel::ChannelArgs),
     Formats(formats::FormatsArgs),
 }
 
@@ -143,6 +145,7 @@ fn run(verb: Verb, terminal: &Terminal) -> Result<ExitStatus, Failure> {
         Verb::Snapshot(args) => snapshot::run(&args, terminal).map(done),
         Verb::Io(args) => io::run(&args, terminal),
         Verb::Bench(args) => bench::run(&args, terminal).map(done),
+        Verb::Channel(args) => channel::run(&args, terminal).map(done),
         Verb::Formats(args) => formats::run(&args, terminal).map(done),
     }
 }

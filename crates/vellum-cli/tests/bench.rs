@@ -22,6 +22,10 @@ fn requests_are_counted_in_every_format_and_by_every_driver() {
             assert!(report["iops"].as_f64().unwrap() > 0.0);
             let flushes = if more.contains(&"100") { 11 } else { u64::from(more.contains(&"--write")) };
             assert_eq!(report["flushes"], flushes, "{format} {more:?}");
+            for besides in ["first_write_seconds", "last_flush_seconds"] {
+                let time = report[besides].as_f64();
+                assert_eq!(time.is_some_and(|seconds| seconds > 0.0), more.contains(&"--write"), "{report}");
+            }
         }
         let check = dir.vellum(&["check", "-f", format, "a"]);
         assert!(check.code == 0 || format == "raw", "{check:?}");
@@ -48,7 +52,10 @@ fn nothing_is_written_without_being_told_twice() {
 fn a_span_keeps_the_rest_untouched_and_a_time_is_kept() {
     let dir = Dir::new();
     let before = dir.raw_disk("a", 4);
-    dir.vellum(&["bench", "-f", "raw", "-w", "--force", "--span", "1M", "-s", "1", "a"]).exits(0);
+    dir.vellum(&["bench", "-f", "raw", "-w", "--force", "--span", "1M", "-s", "1", "a"])
+        .exits(0)
+        .shows("first write of the session")
+        .shows("last flush");
     let after = dir.read("a");
     assert!(after[1 << 20..] == before[1 << 20..] && after[..1 << 20] != before[..1 << 20]);
 }

@@ -74,6 +74,38 @@ fn new_and_used_images_are_clean() {
     }
 }
 
+/// Discards leave holes in VMDK and VHD (a VDI fills them itself).
+#[test]
+fn holes_in_the_middle_are_given_back() {
+    let dir = Dir::new();
+    for (format, qemu) in [("vmdk", "vmdk"), ("vhd", "vpc"), ("vdi", "vdi")] {
+        dir.vellum(&["create", "-q", "--force", "-O", format, "a", "16M"]).exits(0);
+        dir.io("a", &["--discard"], &["write -S 1 0 10M", "discard 2M 2M"]).exits(0);
+        let content = dir.digest("a");
+        let before = dir.read("a");
+        dir.vellum(&["check", "a"]).exits(if format == "vdi" { 0 } else { 3 });
+        let report = dir.vellum(&["repair", "--json", "--yes", "--leaks-only", "a"]).json();
+        let steps = report["steps"].as_array().unwrap();
+        assert!(steps.iter().all(|step| step["leak"] == true && step["lossy"] == false), "{report:#}");
+        let undo = report["backup"].as_str().map(str::to_owned);
+        assert_eq!(undo.is_some(), format != "vdi", "{report:#}");
+        dir.vellum(&["check", "a"]).exits(0);
+        assert_eq!(dir.digest("a"), content, "{format}");
+        dir.io("a", &["-r"], &["read -S 1 0 2M", "read -P 0 2M 2M", "read -S 1 4M 6M"]).exits(0);
+        dir.qemu_img(&["convert", "-f", qemu, "-O", "raw", "a", "raw"]);
+        assert_eq!(dir.read("raw").chunks(1 << 20).filter(|mib| mib.iter().any(|b| *b != 0)).count(), 8);
+        if let Some(backup) = undo {
+            assert!(dir.read("a").len() <= before.len() - (2 << 20), "{format}");
+            assert!(steps[0]["what"].as_str().unwrap().contains("places that nobody uses"), "{report:#}");
+            dir.vellum(&["repair", "--yes", "--undo", &backup, "a"]).exits(0);
+            assert!(dir.read("a") == before, "{format}");
+        }
+        for name in dir.names() {
+            std::fs::remove_file(dir.path(&name)).unwrap();
+        }
+    }
+}
+
 #[test]
 fn exit_codes_are_those_of_qemu_img() {
     let dir = Dir::new();

@@ -227,6 +227,31 @@ fn discards_give_space_back_if_they_are_let() {
 }
 
 #[test]
+fn a_discard_that_is_not_let_through_is_said_to_be_ignored() {
+    let dir = Dir::new();
+    for (format, _) in FORMATS {
+        dir.vellum(&["create", "-q", "--force", "-O", format, "a", "4M"]).exits(0);
+        let more = ["-f", format];
+        // What was written is still expected: nothing was discarded.
+        let script =
+            ["write -S 1 0 2M", "discard 0 1M", "adiscard 1M 64K", "wait", "verify", "flags discard=on"];
+        let ran = dir.io("a", &more, &[&script[..], &["discard 0 1M", "discard -q 1M 1M"]].concat()).exits(0);
+        let ignored = |what: &str| format!("{what}: ignored: discard is off; open with --discard");
+        assert!(ran.out.contains(&ignored("\ndiscard 0 1M")), "{ran:?}");
+        assert!(ran.out.contains(&ignored("adiscard 1M 64K")), "{ran:?}");
+        assert!(ran.out.contains("2097152 bytes as written"), "{ran:?}");
+        assert!(ran.out.contains("\ndiscard 0 1M: done"), "{ran:?}");
+        assert_eq!(ran.out.matches("ignored").count(), 2, "{ran:?}");
+        let lines = dir.io("a", &[&more[..], &["--json"]].concat(), &["discard 0 1M"]).json();
+        let line = &lines["commands"][0];
+        assert_eq!(line["ok"], true);
+        assert!(line["ignored"].as_str().is_some_and(|why| why.contains("--discard")), "{line}");
+        let lines = dir.io("a", &[&more[..], &["--json", "--discard"]].concat(), &["discard 0 1M"]).json();
+        assert!(lines["commands"][0]["ignored"].is_null(), "{lines}");
+    }
+}
+
+#[test]
 fn cache_modes_are_those_of_qemu() {
     let dir = Dir::new();
     dir.vellum(&["create", "-q", "a.vmdk", "16M"]).exits(0);

@@ -5,12 +5,13 @@ use super::variant::{self, Variant};
 use std::path::{Path, PathBuf};
 
 pub const USAGE: &str = "\
-Usage: cargo xtask bench convert|reflink|empty|io|disk [options]
+Usage: cargo xtask bench convert|reflink|empty|io|channel|disk [options]
 
   convert   a disk with real files through all pairs of formats, beside qemu-img
   reflink   uncompressed pairs on btrfs and XFS, where blocks can be shared (needs root)
   empty     create, info, map and convert of empty 64 TiB disks
   io        random 4 KiB reads and writes inside images, beside qemu-img bench
+  channel   throughput and round trips of channels, beside raw Tokio, rustls and socat
   disk      only build the disk that the others convert
 
   --runs N          rounds; medians are reported                               [5]

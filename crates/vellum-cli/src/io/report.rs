@@ -23,9 +23,18 @@ pub struct Line {
 /// What came of a command.
 pub enum Outcome {
     Done,
+    /// Nothing was done, for this reason.
+    Ignored(&'static str),
     Failed(Error),
-    Read { verified: bool, found: Option<Mismatch>, dump: Option<Vec<u8>> },
-    Verified { bytes: u64, found: Vec<Mismatch> },
+    Read {
+        verified: bool,
+        found: Option<Mismatch>,
+        dump: Option<Vec<u8>>,
+    },
+    Verified {
+        bytes: u64,
+        found: Vec<Mismatch>,
+    },
     Map(Vec<MapEntry>),
     Length(u64),
     Flags(OpenFlags),
@@ -78,6 +87,7 @@ impl Line {
                 writeln!(out, "{}", Flag::ALL.map(flag).join(" "))
             }
             Outcome::Done => writeln!(out, "{text}: done"),
+            Outcome::Ignored(why) => writeln!(out, "{text}: {} {why}", style.warning("ignored:")),
         }
     }
 
@@ -107,6 +117,7 @@ impl Line {
         let mut add = |name: &str, value: Value| drop(members.insert(name.to_owned(), value));
         match &self.outcome {
             Outcome::Done | Outcome::Text(_) => {}
+            Outcome::Ignored(why) => add("ignored", json!(why)),
             Outcome::Failed(error) => {
                 add("error", serde_json::to_value(ErrorBody::new(error)).unwrap_or(Value::Null));
             }

@@ -39,6 +39,8 @@ struct Flight {
     text: String,
     range: Range<u64>,
     changes: bool,
+    /// A discard of a disk that does not let any through.
+    is_ignored: bool,
     started: Instant,
 }
 
@@ -160,7 +162,12 @@ impl<'a> Session<'a> {
             // In the order in which they were written down, unless they asked not to wait.
             self.wait_for(self.flying.len() - 1)?;
         }
-        self.note_change(&command.what);
+        let is_discard = matches!(command.what, What::Discard { .. });
+        let is_ignored = is_discard && self.disk.as_ref().is_some_and(|disk| !disk.flags().discard);
+        let changes = changes && !is_ignored;
+        if changes {
+            self.note_change(&command.what);
+        }
         // Of two changes at the same time, either may win.
         let rivals = self.flying.values().filter(|flight| changes && flight.changes && overlaps(flight));
         for other in rivals.map(|flight| flight.range.clone()).collect::<Vec<_>>() {
@@ -169,7 +176,7 @@ impl<'a> Session<'a> {
         self.issued += 1;
         let (id, started, text) = (self.issued, Instant::now(), text.to_owned());
         let request = self.request(&command.what, &range);
-        let flight = Flight { command, text, range, changes, started };
+        let flight = Flight { command, text, range, changes, is_ignored, started };
         if !later && self.depth == 1 {
             let answer = request.wait();
             return self.land(flight, answer.0);
@@ -232,7 +239,7 @@ impl<'a> Session<'a> {
 
     /// A request was answered.
     fn land(&mut self, flight: Flight, answer: Answer) -> Result<(), Failure> {
-        let Flight { command, text, range, changes, started } = flight;
+        let Flight { command, text, range, changes, is_ignored, started } = flight;
         let (buf, result) = answer;
         let outcome = match (result, &command.what, buf) {
             (Err(error), _, _) => {
@@ -244,6 +251,9 @@ impl<'a> Session<'a> {
             (Ok(()), What::Read { expect, show, .. }, Some(buf)) => {
                 let found = expect.and_then(|fill| compare(fill, range.start, &buf));
                 Outcome::Read { verified: expect.is_some(), found, dump: show.then(|| buf.to_vec()) }
+            }
+            (Ok(()), _, _) if is_ignored => {
+                Outcome::Ignored("discard is off; open with --discard, or `flags discard=on`")
             }
             (Ok(()), _, _) => Outcome::Done,
         };

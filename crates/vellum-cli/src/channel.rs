@@ -1,0 +1,403 @@
+//! `vellum channel`: joins two addresses, and counts what goes between them.
+
+use crate::args::size as size_argument;
+use crate::failure::Failure;
+use crate::meter::Meter;
+use crate::terminal::Terminal;
+use crate::text;
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tokio::io::AsyncWriteExt;
+use tokio::task::JoinSet;
+use vellum::{Code, Control, Error};
+use vellum_channel::{
+    Address, Channel, ChannelExt, ConnectOptions, Counters, ErrorKind, Listener, ListenerOptions, Observe,
+    Place, Rate, Throttle, Timeout, TimeoutOptions, connect, kind_of,
+};
+
+const AFTER_HELP: &str = "\
+An address is one of
+
+  tcp://HOST:PORT   unix:///PATH   unix:@NAME (abstract)   vsock://CID:PORT
+  tls+tcp://HOST:PORT   tls+unix:///PATH   ws://HOST:PORT/PATH   wss://HOST:PORT/PATH
+  exec:COMMAND   file:///PATH   fd:N   -  (standard input and output)   null:
+
+with options behind a question mark, as in tls+tcp://host:10809?ca=ca.pem&sni=name. With listen: before it an address \
+is listened on; every connection is joined to the other address, which is opened anew for it. When one side ends, what \
+is on its way still arrives, and the other side is told; it is over when both have ended.
+
+Examples:
+  vellum channel listen:tcp://127.0.0.1:10809 unix:///run/nbd.sock
+  vellum channel - 'tls+tcp://disks.example:10809?ca=ca.pem'
+  vellum channel --once listen:unix:///tmp/in.sock 'file:///tmp/copy?mode=write'
+  vellum channel 'exec:gzip -dc disk.gz' wss://host/upload --one-way --rate 50M
+  vellum channel --json tcp://host:19 null: --idle 10";
+
+/// Bytes that wait between the two sides, in each direction.
+const BUFFER: usize = 256 << 10;
+/// How often signals are looked for and a bar is redrawn.
+const LOOK: Duration = Duration::from_millis(100);
+const LINE: Duration = Duration::from_secs(5);
+
+/// Join two addresses: sockets, TLS, WebSocket, commands, files
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct ChannelArgs {
+    /// One address; may be listened on
+    a: String,
+    /// The other; may be listened on, but not both
+    b: String,
+    /// Only from A to B
+    #[arg(long)]
+    one_way: bool,
+    /// With listen:, end after the first connection
+    #[arg(long)]
+    once: bool,
+    /// With listen:, connections at a time; more have to wait
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    connections: u32,
+    /// Bytes a second at most, in each direction of each connection
+    #[arg(long, value_name = "SIZE", value_parser = size_argument)]
+    rate: Option<u64>,
+    /// End a connection on which nothing moves for so many seconds
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    idle: Option<u32>,
+}
+
+/// A word of the command line.
+#[derive(Clone, Debug)]
+struct Side {
+    address: Address,
+    listens: bool,
+}
+
+impl Side {
+    fn parse(text: &str) -> Result<Self, Error> {
+        let (listens, text) = match text.strip_prefix("listen:") {
+            Some(rest) => (true, rest),
+            None => (false, text),
+        };
+        let address = text.parse().map_err(|error| explain(io::Error::from(error), text))?;
+        Ok(Self { address, listens })
+    }
+
+    fn is_stdio(&self) -> bool {
+        matches!(self.address.place, Place::Stdio)
+    }
+}
+
+/// What went through, of all connections.
+#[derive(Debug, Default)]
+struct Totals {
+    forth: AtomicU64,
+    back: AtomicU64,
+    connections: AtomicU64,
+    failed: AtomicU64,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    a: &'a str,
+    b: &'a str,
+    connections: u64,
+    failed: u64,
+    bytes_a_to_b: u64,
+    bytes_b_to_a: u64,
+    seconds: f64,
+}
+
+pub fn run(args: &ChannelArgs, terminal: &Terminal) -> Result<(), Failure> {
+    let (a, b) = (Side::parse(&args.a)?, Side::parse(&args.b)?);
+    if a.listens && b.listens {
+        return Err(usage("both addresses are listened on: one of the two has to be opened").into());
+    }
+    if terminal.wants_json() && (a.is_stdio() || b.is_stdio()) {
+        return Err(usage("--json has no place beside data on standard output").into());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Error::from_io(error, "threads cannot be started"))?;
+    let meter = Meter::new(terminal)?;
+    let work = Arc::new(Work {
+        limits: Limits::of(args),
+        totals: Totals::default(),
+        live: parking_lot::Mutex::new(Vec::new()),
+        began: Instant::now(),
+        terminal: terminal.clone(),
+    });
+    let ended = runtime.block_on(work.clone().carry_out(args, a, b, &meter));
+    terminal.set_bar(None);
+    // A read of standard input cannot be called back.
+    runtime.shutdown_background();
+    if ended.is_ok() || !terminal.wants_json() {
+        work.report(args)?;
+    }
+    meter.end(ended)
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    is_one_way: bool,
+    rate: Option<Rate>,
+    idle: Option<Duration>,
+}
+
+impl Limits {
+    fn of(args: &ChannelArgs) -> Self {
+        Self {
+            is_one_way: args.one_way,
+            rate: args.rate.map(Rate::new),
+            idle: args.idle.map(|seconds| Duration::from_secs(u64::from(seconds))),
+        }
+    }
+}
+
+struct Work {
+    limits: Limits,
+    /// Of connections that have ended.
+    totals: Totals,
+    /// Of those that go on: of their side A.
+    live: parking_lot::Mutex<Vec<Counters>>,
+    began: Instant,
+    terminal: Terminal,
+}
+
+impl Work {
+    async fn carry_out(
+        self: Arc<Self>,
+        args: &ChannelArgs,
+        a: Side,
+        b: Side,
+        meter: &Meter,
+    ) -> Result<(), Error> {
+        let listens = a.listens || b.listens;
+        let joining = async {
+            if listens { self.clone().serve(args, a, b).await } else { self.join_opened(&a, &b).await }
+        };
+        tokio::select! {
+            ended = joining => ended,
+            () = self.watch(meter) => {
+                let lost = if self.live.lock().is_empty() { "" } else { ": what was on its way is lost" };
+                Err(Error::new(Code::Cancelled, format!("stopped{lost}")))
+            }
+        }
+    }
+
+    /// Shows how it goes, until a signal comes.
+    async fn watch(&self, meter: &Meter) {
+        let bar = self.terminal.can_show_bar() && !self.terminal.is_quiet();
+        let bar = bar.then(spinner);
+        self.terminal.set_bar(bar.clone());
+        let (mut shown, mut before) = (Instant::now(), self.moved());
+        while meter.check_signal() == Control::Continue {
+            tokio::time::sleep(LOOK).await;
+            let interval = if bar.is_some() { Duration::from_secs(1) } else { LINE };
+            if let Some(bar) = &bar {
+                bar.tick();
+            }
+            if shown.elapsed() < interval || self.terminal.is_quiet() {
+                continue;
+            }
+            let (now, then) = (self.moved(), before);
+            let since = (now.0 + now.1).saturating_sub(then.0 + then.1);
+            let line = format!("{}, {}", sizes(now), text::rate(since, shown.elapsed()));
+            match &bar {
+                Some(bar) => bar.set_message(line),
+                None if since > 0 => self.terminal.to_stderr(|out, _| writeln!(out, "{line}")),
+                None => {}
+            }
+            (shown, before) = (Instant::now(), now);
+        }
+    }
+
+    /// Bytes forth and back so far.
+    fn moved(&self) -> (u64, u64) {
+        let live = self.live.lock();
+        let mut forth = self.totals.forth.load(Ordering::Relaxed);
+        let mut back = self.totals.back.load(Ordering::Relaxed);
+        for counts in live.iter().map(Counters::snapshot) {
+            forth = forth.saturating_add(counts.read.bytes);
+            back = back.saturating_add(counts.written.bytes);
+        }
+        (forth, back)
+    }
+
+    async fn join_opened(&self, a: &Side, b: &Side) -> Result<(), Error> {
+        let (near, far) = tokio::try_join!(open(&a.address), open(&b.address))?;
+        self.join(near, far).await
+    }
+
+    /// Joins every connection to the other side, which is opened for it.
+    async fn serve(self: Arc<Self>, args: &ChannelArgs, a: Side, b: Side) -> Result<(), Error> {
+        let (at, to) = if a.listens { (&a.address, &b.address) } else { (&b.address, &a.address) };
+        let mut options = ListenerOptions::default();
+        options.connections_max = usize::try_from(args.connections).ok();
+        let place = std::slice::from_ref(at);
+        let mut listener =
+            Listener::bind(place, options).await.map_err(|error| explain(error, &at.to_string()))?;
+        for endpoint in listener.local_endpoints() {
+            self.terminal.note(&format!("listening on {endpoint}"));
+        }
+        let mut joined = JoinSet::new();
+        loop {
+            let (accepted, peer) = tokio::select! {
+                next = listener.next() => next.map_err(|error| explain(error, &at.to_string()))?,
+                Some(_) = joined.join_next() => continue,
+            };
+            let (work, to, swap) = (self.clone(), to.clone(), b.listens);
+            let one = async move {
+                let other = open(&to).await?;
+                let (near, far) = if swap { (other, accepted) } else { (accepted, other) };
+                work.join(near, far).await
+            };
+            if args.once {
+                // Nobody else is to wait for nothing.
+                listener.stop().await;
+                return one.await;
+            }
+            let work = self.clone();
+            joined.spawn(async move {
+                if let Err(error) = one.await {
+                    work.totals.failed.fetch_add(1, Ordering::Relaxed);
+                    work.terminal.warn(&format!("connection from {}: {error}", peer.endpoint));
+                }
+            });
+        }
+    }
+
+    /// Moves bytes until both sides have ended.
+    async fn join(&self, near: Box<dyn Channel>, far: Box<dyn Channel>) -> Result<(), Error> {
+        let names = [near.label(), far.label()];
+        let waiting = TimeoutOptions { read: None, write: self.limits.idle };
+        let rate = self.limits.rate;
+        let mut far = Throttle::new(Timeout::new(far, waiting), rate, rate);
+        let mut near = Observe::new(Timeout::new(near, waiting));
+        let counters = near.counters();
+        self.live.lock().push(counters.clone());
+        self.totals.connections.fetch_add(1, Ordering::Relaxed);
+        let moving = async {
+            if self.limits.is_one_way {
+                let mut reader = tokio::io::BufReader::with_capacity(BUFFER, &mut near);
+                tokio::io::copy_buf(&mut reader, &mut far).await?;
+                far.shutdown().await?;
+            } else {
+                tokio::io::copy_bidirectional_with_sizes(&mut near, &mut far, BUFFER, BUFFER).await?;
+            }
+            io::Result::Ok(())
+        };
+        let moved = tokio::select! {
+            moved = moving => moved,
+            () = idle(&counters, self.limits.idle) => Err(idled(self.limits.idle)),
+        };
+        self.forget(&counters);
+        // After a failure nobody waits for goodbyes: a command that goes on is ended.
+        moved.map_err(|error| explain(error, &format!("{} and {}", names[0], names[1])))?;
+        let closed = [near.close().await, far.close().await];
+        for (closed, name) in closed.into_iter().zip(names) {
+            let closed = closed.map_err(|error| explain(error, &name))?;
+            if let Some(status) = closed.exit_status.filter(|status| !status.success()) {
+                return Err(Error::new(Code::Io, format!("the command ended with {status}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the counts of a connection that has ended to those of all.
+    fn forget(&self, counters: &Counters) {
+        let counts = counters.snapshot();
+        let mut live = self.live.lock();
+        if let Some(at) = live.iter().position(|one| one.is_same(counters)) {
+            live.swap_remove(at);
+        }
+        self.totals.forth.fetch_add(counts.read.bytes, Ordering::Relaxed);
+        self.totals.back.fetch_add(counts.written.bytes, Ordering::Relaxed);
+    }
+
+    fn report(&self, args: &ChannelArgs) -> Result<(), Failure> {
+        let moved = self.moved();
+        let elapsed = self.began.elapsed();
+        let connections = self.totals.connections.load(Ordering::Relaxed);
+        if self.terminal.wants_json() {
+            return self.terminal.json(&Report {
+                a: &args.a,
+                b: &args.b,
+                connections,
+                failed: self.totals.failed.load(Ordering::Relaxed),
+                bytes_a_to_b: moved.0,
+                bytes_b_to_a: moved.1,
+                seconds: elapsed.as_secs_f64(),
+            });
+        }
+        if connections > 0 && !self.terminal.is_quiet() {
+            let rate = text::rate(moved.0.saturating_add(moved.1), elapsed);
+            let time = text::time_taken(elapsed);
+            self.terminal.to_stderr(|out, _| writeln!(out, "{} in {time}, {rate}", sizes(moved)));
+        }
+        Ok(())
+    }
+}
+
+/// Ends when nothing has moved for so long; never without a limit.
+async fn idle(counters: &Counters, limit: Option<Duration>) {
+    let Some(limit) = limit else { return std::future::pending().await };
+    let moved = || {
+        let counts = counters.snapshot();
+        (counts.read.bytes, counts.written.bytes)
+    };
+    let mut before = moved();
+    loop {
+        tokio::time::sleep(limit).await;
+        let now = moved();
+        if now == before {
+            return;
+        }
+        before = now;
+    }
+}
+
+fn idled(limit: Option<Duration>) -> io::Error {
+    let seconds = limit.unwrap_or_default().as_secs();
+    vellum_channel::error(ErrorKind::Timeout, format!("nothing moved for {seconds} s (--idle)"))
+}
+
+async fn open(address: &Address) -> Result<Box<dyn Channel>, Error> {
+    connect(address, &ConnectOptions::default()).await.map_err(|error| explain(error, &address.to_string()))
+}
+
+fn sizes((forth, back): (u64, u64)) -> String {
+    format!("{} from A to B, {} back", text::size(forth), text::size(back))
+}
+
+fn spinner() -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("{spinner} {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+    bar
+}
+
+fn usage(message: &str) -> Error {
+    Error::new(Code::Usage, message).hint("`vellum channel --help` tells more")
+}
+
+/// An error of a channel as one of Vellum.
+fn explain(error: io::Error, what: &str) -> Error {
+    let Some(kind) = kind_of(&error) else { return Error::from_io(error, what.to_owned()) };
+    let code = match kind {
+        ErrorKind::AddressSyntax
+        | ErrorKind::Invalid
+        | ErrorKind::Unsupported
+        | ErrorKind::WrongDescriptor => Code::Usage,
+        ErrorKind::Resolve => Code::NotFound,
+        ErrorKind::Limit => Code::ProtoLimit,
+        ErrorKind::Refused => Code::Permission,
+        kind if kind.code().starts_with("TLS_") || kind.code().starts_with("WEBSOCKET_") => Code::Proto,
+        _ => Code::Io,
+    };
+    Error::new(code, format!("{what}: {error}"))
+}

@@ -1,0 +1,159 @@
+//! `vellum channel` beside socat, openssl and itself.
+
+mod common;
+use common::Dir;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+
+fn data() -> Vec<u8> {
+    (0..3_000_000_u32).map(|at| at.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect()
+}
+
+/// A `vellum channel` that listens, and where.
+struct Listening {
+    child: Child,
+    notes: BufReader<std::process::ChildStderr>,
+    place: String,
+}
+
+impl Listening {
+    fn start(dir: &Dir, arguments: &[&str]) -> Self {
+        let mut child = dir.start(&[&["channel"], arguments].concat());
+        let mut notes = BufReader::new(child.stderr.take().expect("standard error"));
+        let mut line = String::new();
+        notes.read_line(&mut line).expect("a note");
+        let place =
+            line.trim().strip_prefix("note: listening on ").unwrap_or_else(|| panic!("{line}")).to_owned();
+        Self { child, notes, place }
+    }
+
+    fn port(&self) -> u16 {
+        self.place.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port")
+    }
+
+    /// Waits for the end: the exit code, and what it said.
+    fn end(mut self) -> (i32, String) {
+        let mut said = String::new();
+        self.notes.read_to_string(&mut said).expect("text");
+        (self.child.wait().expect("it ends").code().expect("no signal"), said)
+    }
+}
+
+#[test]
+fn a_connection_is_joined_to_a_file() {
+    let dir = Dir::new();
+    let to = format!("file://{}?mode=write", dir.path("copy").display());
+    let listening = Listening::start(&dir, &["--once", "--one-way", "listen:tcp://127.0.0.1:0", &to]);
+    let mut stream = TcpStream::connect(("127.0.0.1", listening.port())).expect("connected");
+    stream.write_all(&data()).expect("written");
+    drop(stream);
+    let (code, said) = listening.end();
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("2.86 MiB from A to B"), "{said}");
+    assert!(dir.read("copy") == data());
+}
+
+#[test]
+fn both_directions_and_a_half_close_pass_through_a_command() {
+    let dir = Dir::new();
+    let path = dir.path("in.sock");
+    let from = format!("listen:unix://{}", path.display());
+    let listening = Listening::start(&dir, &["--once", &from, "exec:wc -c; echo done"]);
+    let mut stream = UnixStream::connect(&path).expect("connected");
+    stream.write_all(&data()).expect("written");
+    stream.shutdown(Shutdown::Write).expect("half closed");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("text");
+    assert_eq!(answer, "3000000\ndone\n");
+    let (code, said) = listening.end();
+    assert_eq!(code, 0, "{said}");
+    assert!(!path.exists(), "the socket's path is left");
+}
+
+#[test]
+fn web_socket_over_tls_with_certificates_of_openssl() {
+    let dir = Dir::new();
+    let made = Command::new("openssl")
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+        ])
+        .args(["-keyout", "key.pem", "-out", "cert.pem", "-subj", "/CN=localhost"])
+        .args(["-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=critical,CA:FALSE"])
+        .current_dir(dir.path(""))
+        .output()
+        .expect("openssl runs (Debian package openssl)");
+    assert!(made.status.success(), "{made:?}");
+    let file = |name: &str| dir.path(name).display().to_string();
+    let at = format!("listen:wss://127.0.0.1:0/up?cert={}&key={}", file("cert.pem"), file("key.pem"));
+    let copy = format!("exec:cat > {}", file("copy"));
+    let listening = Listening::start(&dir, &["--once", &at, &copy]);
+    let to = format!("wss://127.0.0.1:{}/up?ca={}&sni=localhost", listening.port(), file("cert.pem"));
+    let mut sending =
+        dir.command(&["channel", "-", &to]).stdin(Stdio::piped()).spawn().expect("vellum starts");
+    sending.stdin.take().expect("standard input").write_all(&data()).expect("written");
+    assert!(sending.wait().expect("it ends").success());
+    let (code, said) = listening.end();
+    assert_eq!(code, 0, "{said}");
+    assert!(dir.read("copy") == data());
+
+    // Whoever does not trust the certificate says so.
+    let listening = Listening::start(&dir, &["--once", &at, "null:"]);
+    let to = format!("wss://127.0.0.1:{}/up?ca={}", listening.port(), file("cert.pem"));
+    dir.vellum(&["channel", &to, "null:"]).exits(5).says("127.0.0.1");
+    let mut listening = listening;
+    listening.child.kill().expect("killed");
+    listening.child.wait().expect("it ends");
+}
+
+#[test]
+fn many_connections_and_socat() {
+    let dir = Dir::new();
+    let mut listening = Listening::start(&dir, &["listen:tcp://127.0.0.1:0", "exec:cat"]);
+    let peers: Vec<Child> = (0..5)
+        .map(|number| {
+            let mut peer = Command::new("socat")
+                .args(["-t10", "-", &format!("TCP:127.0.0.1:{}", listening.port())])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .expect("socat runs (Debian package socat)");
+            let text = format!("hello from {number}");
+            peer.stdin.take().expect("standard input").write_all(text.as_bytes()).expect("written");
+            peer
+        })
+        .collect();
+    for (number, peer) in peers.into_iter().enumerate() {
+        let output = peer.wait_with_output().expect("socat ends");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), format!("hello from {number}"));
+    }
+    listening.child.kill().expect("killed");
+    listening.child.wait().expect("it ends");
+}
+
+#[test]
+fn the_report_counts_and_errors_have_codes() {
+    let dir = Dir::new();
+    dir.write("data", &data());
+    let from = format!("file://{}", dir.path("data").display());
+    let report = dir.vellum(&["channel", "--json", &from, "null:"]).exits(0).any_json();
+    assert_eq!((&report["bytes_a_to_b"], &report["bytes_b_to_a"]), (&3_000_000.into(), &0.into()));
+    assert_eq!((&report["connections"], &report["failed"]), (&1.into(), &0.into()));
+    dir.vellum(&["channel", "tcp://127.0.0.1:1", "null:"]).exits(4).says("refused");
+    dir.vellum(&["channel", "tpc://x:1", "null:"]).exits(2).says("tcp");
+    dir.vellum(&["channel", "listen:unix:@a", "listen:unix:@b"]).exits(2).says("one of the two");
+    dir.vellum(&["channel", "--json", "-", "null:"]).exits(2);
+    let error = dir.vellum(&["channel", "--json", "exec:exit 3", "null:"]).exits(4).any_json();
+    assert!(error["error"]["message"].as_str().expect("text").contains("exit status: 3"), "{error}");
+    dir.vellum(&["channel", "tcp://no-such-host.invalid:1", "null:"]).exits(3).says("no-such-host.invalid");
+    dir.vellum(&["channel", "--idle", "1", "exec:exec sleep 20", "null:"]).exits(4).says("--idle");
+}
