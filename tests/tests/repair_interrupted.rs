@@ -125,10 +125,47 @@ fn lost_footer(bytes: &mut Vec<u8>) {
     bytes[end - 512..].fill(0);
 }
 
+fn le32(bytes: &[u8], at: usize) -> usize {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
+}
+
+/// A block of a VDI that no guest block names any more, between others.
+#[allow(clippy::ptr_arg)] // a Damage
+fn hole_in_map(bytes: &mut Vec<u8>) {
+    let map = le32(bytes, 0x154);
+    bytes[map + 12..map + 16].fill(0xff);
+}
+
+/// The same in a VHD.
+#[allow(clippy::ptr_arg)] // a Damage
+fn hole_in_bat(bytes: &mut Vec<u8>) {
+    let bat = be64(bytes, 0x210);
+    assert_ne!(bytes[bat + 4..bat + 8], [0xff; 4]);
+    bytes[bat + 4..bat + 8].fill(0xff);
+}
+
+/// Two grains of a VMDK, which was not closed cleanly either.
+#[allow(clippy::ptr_arg)] // a Damage
+fn hole_in_tables(bytes: &mut Vec<u8>) {
+    for directory in [48, 56] {
+        let table = le32(bytes, le32(bytes, directory) * 512) * 512;
+        assert_ne!(le32(bytes, table + 48 * 4), 0);
+        bytes[table + 48 * 4..table + 50 * 4].fill(0);
+    }
+    bytes[72] = 1;
+}
+
 /// Damages the bytes of an image, which may grow.
 type Damage = fn(&mut Vec<u8>);
 
-const CASES: [(&str, Damage); 3] = [("qcow2", wrong_refcounts), ("vdi", wrong_map), ("vhd", lost_footer)];
+const CASES: [(&str, Damage); 6] = [
+    ("qcow2", wrong_refcounts),
+    ("vdi", wrong_map),
+    ("vhd", lost_footer),
+    ("vdi", hole_in_map),
+    ("vhd", hole_in_bat),
+    ("vmdk", hole_in_tables),
+];
 
 /// Repairs over files of which the power goes after `changes`; whether it went.
 fn repair(files: &Arc<MemoryFiles>, changes: u64) -> (bool, Result<bool>) {

@@ -14,7 +14,8 @@ use std::sync::Arc;
 /// * Ranges reach at most to [`ImageInfo::virtual_size`]; callers clip.
 /// * Every offset in an extent was checked against the length of its storage.
 pub trait Image: Send + Sync + 'static {
-    /// What the image says of itself.
+    /// What the image says of itself. From [`WritableImage::begin`](crate::WritableImage::begin) on, with the identity of
+    /// the session.
     fn info(&self) -> &ImageInfo;
     /// The storages that extents refer to by index.
     fn storages(&self) -> &[Arc<dyn Storage>];
@@ -134,6 +135,13 @@ impl ImageInfo {
     /// Adds a property.
     pub fn property(&mut self, name: &'static str, value: impl Into<Value>) {
         self.properties.push(Property { name, value: value.into() });
+    }
+
+    /// Gives a property that is there another value.
+    pub fn change_property(&mut self, name: &str, value: impl Into<Value>) {
+        if let Some(property) = self.properties.iter_mut().find(|property| property.name == name) {
+            property.value = value.into();
+        }
     }
 }
 

@@ -73,7 +73,7 @@ pub use storage::{
     CopyMode, Offloaded, Preallocate, Status, StatusList, Storage, StorageId, StorageLimits, WriteFlags,
     ZeroMode,
 };
-pub use table::{PAGE_BYTES_MAX, Rank, TableCache, TableChange};
+pub use table::{PAGE_BYTES_MAX, Rank, TableCache, TableChange, TableView};
 pub use write::{Discarded, Intent, Placement, Reservation, WritableImage};
 pub use writer::{
     ImageWriter, MetaWrite, Output, OutputMode, Payload, Place, TableWriter, WriterShape, fill_range,

@@ -1,12 +1,12 @@
 //! The locks that the loom tests replace.
 
 #[cfg(not(loom))]
-pub(crate) use parking_lot::{Mutex, RwLock};
+pub(crate) use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 #[cfg(not(loom))]
 pub(crate) use std::sync::Arc;
 
 #[cfg(loom)]
-pub(crate) use loom::sync::Arc;
+pub(crate) use loom::sync::{Arc, RwLockReadGuard};
 
 /// loom's mutex with `parking_lot`'s face.
 #[cfg(loom)]

@@ -12,7 +12,7 @@
 //!   rank 2   pointers to what rank 1 made                                              (rare)
 //! ```
 
-use crate::sync::RwLock;
+use crate::sync::{RwLock, RwLockReadGuard};
 use crate::{Buf, Code, Error, Result, Storage, WriteFlags};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
@@ -114,10 +114,13 @@ impl TableCache {
 
     /// The page at byte `offset`, if it is in memory.
     pub fn get(&self, offset: u64) -> Option<Arc<[u8]>> {
-        let state = self.state.read();
-        let slot = state.pages.get(&offset)?;
-        slot.used.store(true, Ordering::Relaxed);
-        Some(slot.page.clone())
+        self.state.read().page(offset).cloned()
+    }
+
+    /// The pages that are in memory, for several looks in a row. Nothing is changed meanwhile; the thread must let go of it
+    /// before it asks the cache for anything else.
+    pub fn view(&self) -> TableView<'_> {
+        TableView(self.state.read())
     }
 
     /// Loads `len` bytes at `offset` as a page. Callers always use the same length for the same offset.
@@ -265,7 +268,23 @@ impl Slot {
     }
 }
 
+/// The pages of a [`TableCache`] at one moment.
+pub struct TableView<'a>(RwLockReadGuard<'a, State>);
+
+impl TableView<'_> {
+    /// The page at byte `offset`, if it is in memory.
+    pub fn get(&self, offset: u64) -> Option<&[u8]> {
+        self.0.page(offset).map(|page| page.as_ref())
+    }
+}
+
 impl State {
+    fn page(&self, offset: u64) -> Option<&Arc<[u8]>> {
+        let slot = self.pages.get(&offset)?;
+        slot.used.store(true, Ordering::Relaxed);
+        Some(&slot.page)
+    }
+
     fn change(&mut self, change: &TableChange<'_>) {
         let Some(slot) = self.pages.get_mut(&change.page) else { return };
         let was_dirty = slot.is_dirty();

@@ -10,10 +10,11 @@ use vellum_core::Events;
 pub enum Driver {
     /// On the thread that asks. No threads at all.
     Inline,
-    /// On threads of the context. What the page cache holds is read on the thread that asks.
+    /// On threads of the context. What the page cache holds is read on the thread that asks, and small writes go into
+    /// the page cache there, as long as that is quick.
     #[default]
     Pool,
-    /// By Linux's io_uring; what the page cache holds is read on the thread that asks. Where io_uring is forbidden
+    /// By Linux's io_uring; the page cache is read and written as with [`Driver::Pool`]. Where io_uring is forbidden
     /// (containers often do), this is [`Driver::Pool`] with a warning.
     Uring,
 }

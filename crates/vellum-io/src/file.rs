@@ -3,6 +3,7 @@
 use crate::context::{Driver, IoContext};
 use crate::copy::Copy;
 use crate::pending::Pending;
+use crate::quick::Quick;
 use crate::raw::{FileKind, RawFile};
 use crate::sys;
 use crate::threads::{WorkQueue, is_io_thread};
@@ -11,6 +12,7 @@ use rustix::fd::AsFd;
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 use vellum_core::storage::past_end;
 use vellum_core::{
     Buf, Completion, CopyMode, Lost, Offloaded, Preallocate, Result, Status, Storage, StorageId,
@@ -29,6 +31,7 @@ pub struct LocalFile {
     file: Arc<RawFile>,
     engine: Engine,
     pending: Arc<Pending>,
+    quick: Quick,
 }
 
 /// Who carries requests out.
@@ -52,7 +55,7 @@ impl LocalFile {
                 }
             }
         };
-        LocalFile { file: Arc::new(file), engine, pending: Arc::default() }
+        LocalFile { file: Arc::new(file), engine, pending: Arc::default(), quick: Quick::default() }
     }
 
     /// The driver at work: [`Driver::Pool`] where io_uring was asked for but is forbidden.
@@ -95,6 +98,20 @@ impl LocalFile {
             task();
         }
         completion
+    }
+
+    /// Writes on this thread, if the driver wants that or it is quicker than to change threads.
+    fn write_here(&self, bytes: &[u8], offset: u64, flags: WriteFlags) -> Option<Result<()>> {
+        if matches!(self.engine, Engine::Inline) {
+            return Some(self.file.write_all(bytes, offset, flags.fua));
+        }
+        let begun = Instant::now();
+        if flags.fua || self.file.direct.is_some() || !self.quick.expects(bytes.len(), begun) {
+            return None;
+        }
+        let result = self.file.write_all(bytes, offset, false);
+        self.quick.note(begun, Instant::now());
+        Some(result)
     }
 
     /// Sends a request to the ring if it can go there; gives the buffer back if not.
@@ -186,6 +203,9 @@ impl Storage for LocalFile {
     }
 
     fn write_at(&self, buf: Buf, offset: u64, flags: WriteFlags) -> Completion<WithBuf> {
+        if let Some(result) = self.write_here(&buf, offset, flags) {
+            return Completion::ready((buf, result));
+        }
         let refused = match self.file.check_writable() {
             Err(error) => Some(error),
             Ok(()) if self.file.span(offset, buf.len()).is_none() => Some(self.file.overflow(offset)),

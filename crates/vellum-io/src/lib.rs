@@ -10,15 +10,16 @@
 //!   CpuPool      a Spawner: threads that decode and encode                      threads.rs
 //! ```
 //!
-//! | Driver | Read that the page cache holds | Other reads and writes | Flush, zero, copy | Threads |
+//! | Driver | Read that the page cache holds, small write into it | Other reads and writes | Flush, zero, copy | Threads |
 //! |---|---|---|---|---|
 //! | `inline` | caller's thread | caller's thread | caller's thread | none |
 //! | `pool` | caller's thread | pool | pool | up to [`ContextOptions::threads`] |
 //! | `uring` | caller's thread | ring | pool | one reaper, and the pool when needed |
 //!
-//! A read that the page cache can serve never changes threads (`preadv2` with `RWF_NOWAIT`). What the ring does not carry
-//! out in full is finished by a positional call on the pool, so errors are told apart in one place, `raw.rs`. When
-//! too much is under way, the thread that asks does the work itself: that bounds memory and cannot deadlock.
+//! A read that the page cache can serve never changes threads (`preadv2` with `RWF_NOWAIT`), nor does a small write into
+//! the page cache as long as such writes are quick (`quick.rs`). What the ring does not carry out in full is finished by a
+//! positional call on the pool, so errors are told apart in one place, `raw.rs`. When too much is under way, the thread
+//! that asks does the work itself: that bounds memory and cannot deadlock.
 //!
 //! Operations own their buffer and the open file until the kernel is done with both; dropping a completion abandons
 //! the answer only. Files are never mapped into memory: a file that shrinks gives an error, not a signal.
@@ -40,6 +41,7 @@ mod names;
 mod open;
 mod pending;
 mod policy;
+mod quick;
 mod raw;
 mod resolver;
 mod sys;

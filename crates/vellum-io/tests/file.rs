@@ -192,9 +192,10 @@ fn dropping_the_file_waits_for_its_writes() {
     for (driver, direct) in DRIVERS.into_iter().flat_map(|driver| [(driver, false), (driver, true)]) {
         let path = scratch.path().join("a");
         let file = fresh(&path, driver, direct);
-        let bytes: Vec<u8> = (0..1u32 << 20).map(|i| (i / 4096) as u8).collect();
+        let bytes: Vec<u8> = (0..4u32 << 20).map(|i| (i / 4096) as u8).collect();
+        // Too large to be written into the page cache on this thread.
         for part in 0..64usize {
-            let part = part * 16_384..(part + 1) * 16_384;
+            let part = part * 65_536..(part + 1) * 65_536;
             drop(file.write_at(Buf::copy_of(&bytes[part.clone()]), part.start as u64, WriteFlags::default()));
         }
         drop(file);

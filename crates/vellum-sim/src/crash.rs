@@ -1,6 +1,6 @@
 //! [`Crash`]: what a power loss at one moment may leave behind.
 
-use crate::content::{Content, SECTOR};
+use crate::content::{Content, SECTOR, hash_of, mix};
 use crate::mask::{Mask, Part};
 use crate::trace::{Event, FileSet, Op, OpKind, Trace};
 use std::ops::Range;
@@ -24,6 +24,8 @@ pub struct Member {
     pub is_growth: bool,
     /// Sectors that it can be torn into; 0 if it cannot be.
     pub sectors: u64,
+    /// It is a sector with a checksum, which may be torn inside, too.
+    pub is_sealed: bool,
 }
 
 enum Item {
@@ -67,10 +69,22 @@ impl<'a> Crash<'a> {
         };
         if grows {
             self.items.push(Item::Member(self.members.len()));
-            self.members.push(Member { op: number, is_growth: true, sectors: 0 });
+            self.members.push(Member { op: number, is_growth: true, sectors: 0, is_sealed: false });
         }
         self.items.push(Item::Member(self.members.len()));
-        self.members.push(Member { op: number, is_growth: false, sectors });
+        self.members.push(Member { op: number, is_growth: false, sectors, is_sealed: false });
+    }
+
+    /// Writes of one sector that `is_sealed` may be torn inside, too: a checksum must tell. (Everything else is only
+    /// safe as long as disks write whole sectors.)
+    pub fn garbling(mut self, is_sealed: impl Fn(&[u8]) -> bool) -> Self {
+        for member in self.members.iter_mut().filter(|member| member.sectors == 1) {
+            member.is_sealed = match &self.trace.ops[member.op].kind {
+                OpKind::Write { bytes, .. } => bytes.len() as u64 == SECTOR && is_sealed(bytes),
+                _ => false,
+            };
+        }
+        self
     }
 
     /// The files as `mask` leaves them.
@@ -104,6 +118,11 @@ impl<'a> Crash<'a> {
         match &op.kind {
             OpKind::Write { offset, bytes } if member.is_growth => content.grow(offset + bytes.len() as u64),
             OpKind::Write { offset, bytes } => {
+                if matches!(part, Part::Mixed | Part::Garbled) {
+                    let mut old = vec![0; bytes.len()];
+                    content.read(&mut old, *offset);
+                    return content.write(&garbled(part, &old, bytes), *offset);
+                }
                 let kept = part.of(*offset..offset + bytes.len() as u64);
                 let from = (kept.start - offset) as usize;
                 let to = (kept.end - offset) as usize;
@@ -150,6 +169,20 @@ impl<'a> Crash<'a> {
         moments.push(trace.events.len());
         moments
     }
+}
+
+/// What a write that was torn inside its sector leaves.
+fn garbled(part: Part, old: &[u8], new: &[u8]) -> Vec<u8> {
+    let salt = hash_of(new);
+    let word = |index: usize| mix(salt, index as u64);
+    let words = old.chunks(8).zip(new.chunks(8)).enumerate();
+    words
+        .flat_map(|(index, (old, new))| match part {
+            Part::Garbled => word(index).to_le_bytes()[..new.len()].to_vec(),
+            _ if word(index).is_multiple_of(2) => old.to_vec(),
+            _ => new.to_vec(),
+        })
+        .collect()
 }
 
 fn sectors(range: &Range<u64>) -> u64 {
@@ -245,6 +278,30 @@ mod tests {
             seen.insert([bytes[512], bytes[1024], bytes[1536]]);
         }
         assert_eq!(seen.len(), 8, "either write, and each sector of the longer one: {seen:?}");
+    }
+
+    #[test]
+    fn only_sectors_with_a_checksum_are_torn_inside() {
+        let start = start(4096);
+        let files = SimFiles::new(start.clone());
+        let disk = open(&files);
+        write(disk.as_ref(), 1, 512, 0);
+        write(disk.as_ref(), 2, 512, 512);
+        write(disk.as_ref(), 2, 1024, 1024);
+        let trace = files.trace();
+        let crash = Crash::at(&trace, &start, trace.events.len()).garbling(|bytes| bytes[0] == 2);
+        assert_eq!(
+            crash.members.iter().map(|member| member.is_sealed).collect::<Vec<_>>(),
+            [false, true, false]
+        );
+        let masks = masks(&crash.members, Depth { exhaustive: 8, samples: 0 }, &mut Random::new(1));
+        let of = |part: Part| masks.iter().find(|mask| mask.0[1] == part).unwrap();
+        assert!(masks.iter().all(|mask| !matches!(mask.0[0], Part::Mixed | Part::Garbled)));
+        let sector = |mask: &Mask| crash.state(mask).get("f").unwrap().to_vec()[512..1024].to_vec();
+        let (mixed, garbled) = (sector(of(Part::Mixed)), sector(of(Part::Garbled)));
+        assert!(mixed.chunks(8).all(|word| word == [0; 8] || word == [2; 8]));
+        assert!(mixed.contains(&0) && mixed.contains(&2));
+        assert!(garbled.chunks(8).any(|word| word != [0; 8] && word != [2; 8]));
     }
 
     #[test]

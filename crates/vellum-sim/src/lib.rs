@@ -11,7 +11,7 @@
 //! ```
 //!
 //! The model of the disk (RELIABILITY.md section 3.1): operations between two flushes may persist in any subset, each
-//! torn at 512 bytes; the length of a file is separate from its content; names are durable after the directory is
+//! torn at 512 bytes (and sectors with a checksum inside, too: [`Crash::garbling`]); the length of a file is separate from its content; names are durable after the directory is
 //! synchronised. A flush that fails saves nothing, and what was written before it may be lost for good.
 
 #![forbid(unsafe_code)]

@@ -21,6 +21,10 @@ pub enum Part {
     Tail,
     /// One sector only, counted from the first.
     Sector(u8),
+    /// A sector that was torn inside: words of 8 bytes, some old, some new.
+    Mixed,
+    /// A sector with bytes that nobody wrote.
+    Garbled,
 }
 
 impl Part {
@@ -35,7 +39,7 @@ impl Part {
         };
         match self {
             Part::Absent => range.start..range.start,
-            Part::Whole => range,
+            Part::Whole | Part::Mixed | Part::Garbled => range,
             Part::Head => cut(first, middle),
             Part::Tail => cut(middle, first + sectors),
             Part::Sector(number) => cut(first + u64::from(number), first + u64::from(number) + 1),
@@ -51,6 +55,8 @@ impl fmt::Display for Part {
             Part::Head => 'h',
             Part::Tail => 't',
             Part::Sector(number) => char::from(b'A' + number % 26),
+            Part::Mixed => 'm',
+            Part::Garbled => 'g',
         };
         write!(f, "{letter}")
     }
@@ -82,6 +88,8 @@ impl FromStr for Mask {
             '1' => Ok(Part::Whole),
             'h' => Ok(Part::Head),
             't' => Ok(Part::Tail),
+            'm' => Ok(Part::Mixed),
+            'g' => Ok(Part::Garbled),
             'A'..='Z' => Ok(Part::Sector(letter as u8 - b'A')),
             other => Err(format!("no part of an operation is called {other:?}")),
         };
@@ -164,6 +172,7 @@ fn whole_if(is_whole: bool) -> Part {
 
 fn torn(member: &Member) -> Vec<Part> {
     match member.sectors {
+        1 if member.is_sealed => vec![Part::Mixed, Part::Garbled],
         0 | 1 => Vec::new(),
         2 => vec![Part::Head, Part::Tail],
         sectors => {
@@ -189,7 +198,7 @@ mod tests {
 
     #[test]
     fn a_mask_is_read_as_it_was_printed() {
-        for text in [".", ".01htAH", ".1*400.0", ".0*9.1*20.t"] {
+        for text in [".", ".01htAHmg", ".1*400.0", ".0*9.1*20.t"] {
             assert_eq!(text.parse::<Mask>().unwrap().to_string(), text);
         }
         assert!(".2".parse::<Mask>().is_err());

@@ -19,6 +19,8 @@ impl Tag {
     pub const START: u64 = u64::MAX;
     /// The write number of what the parent holds.
     pub const PARENT: u64 = u64::MAX - 1;
+    /// The write number of what the parent's parent holds.
+    pub const GRANDPARENT: u64 = u64::MAX - 3;
     /// The write number of what a recovered image is written with.
     pub const RECOVERY: u64 = u64::MAX - 2;
 
@@ -40,6 +42,7 @@ impl fmt::Display for Tag {
         match self.write {
             Tag::START => f.write_str("the image as it was at first"),
             Tag::PARENT => f.write_str("the parent"),
+            Tag::GRANDPARENT => f.write_str("the parent's parent"),
             Tag::RECOVERY => f.write_str("the write after the crash"),
             write => write!(f, "request {write}"),
         }

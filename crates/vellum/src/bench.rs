@@ -78,6 +78,17 @@ pub struct BenchReport {
     pub time: Duration,
     /// How long requests took.
     pub latencies: Latencies,
+    /// What came before and after the requests, if they wrote.
+    pub session: Option<BenchSession>,
+}
+
+/// What writing takes besides the requests, however many they are.
+#[derive(Clone, Copy, Debug)]
+pub struct BenchSession {
+    /// One write before the others: it finds the image as it was opened, and sets the marks of a writing session.
+    pub first_write: Duration,
+    /// The flush at the end, of all that was written.
+    pub last_flush: Duration,
 }
 
 impl BenchReport {
@@ -103,7 +114,7 @@ const REPORT_EVERY: u64 = 256;
 const DEPTH_MAX: usize = 4096;
 
 impl Vellum {
-    /// Measures `disk`. Writing ends with a flush, which is a part of the time.
+    /// Measures `disk`. Writing begins with one write more and ends with a flush, which are measured apart.
     pub fn bench(&self, disk: &Disk, request: &BenchRequest, progress: &dyn Progress) -> Result<BenchReport> {
         let span = request.span_bytes.unwrap_or(u64::MAX).min(disk.size());
         let threads = request.threads.clamp(1, 256);
@@ -119,6 +130,7 @@ impl Vellum {
             BenchLimit::Requests(count) => count.saturating_mul(request.block_bytes),
         };
         progress.begin(if request.write { "writing" } else { "reading" }, total);
+        let first_write = if request.write { Some(first_write(disk, request)?) } else { None };
         let started = Instant::now();
         let done = AtomicU64::new(0);
         let results = std::thread::scope(|scope| {
@@ -138,14 +150,29 @@ impl Vellum {
             all.merge(&part.latencies);
             flushes += part.flushes;
         }
-        if request.write {
-            disk.flush_all().wait()?;
-            flushes += 1;
-        }
+        let time = started.elapsed();
+        let session = match first_write {
+            None => None,
+            Some(first_write) => {
+                let began = Instant::now();
+                disk.flush_all().wait()?;
+                flushes += 1;
+                Some(BenchSession { first_write, last_flush: began.elapsed() })
+            }
+        };
         let requests = all.count();
         let bytes = requests.saturating_mul(request.block_bytes);
-        Ok(BenchReport { requests, bytes, flushes, time: started.elapsed(), latencies: all })
+        Ok(BenchReport { requests, bytes, flushes, time, latencies: all, session })
     }
+}
+
+/// Writes the first block.
+fn first_write(disk: &Disk, request: &BenchRequest) -> Result<Duration> {
+    let mut buf = Buf::zeroed(request.block_bytes as usize);
+    buf.fill(request.seed as u8 | 1);
+    let began = Instant::now();
+    disk.write(buf, 0, WriteFlags::default()).wait().1?;
+    Ok(began.elapsed())
 }
 
 /// What one thread does.

@@ -35,7 +35,7 @@ mod stamp;
 mod target;
 mod undo;
 
-pub use bench::{BenchLimit, BenchOrder, BenchReport, BenchRequest};
+pub use bench::{BenchLimit, BenchOrder, BenchReport, BenchRequest, BenchSession};
 pub use compare::{CompareReport, CompareRequest};
 pub use context::{FilePolicy, Vellum, formats};
 pub use convert::{ConvertReport, ConvertRequest};

@@ -15,6 +15,8 @@ pub struct Case {
     pub blocks: u64,
     /// The image is a child of this one.
     pub parent: Option<Parent>,
+    /// And the parent is a child of that one.
+    pub grandparent: Option<Parent>,
     /// What the image holds at first is compressed.
     pub compressed: bool,
     /// What QEMU calls the format, if it reads this variant.
@@ -33,7 +35,7 @@ pub struct Parent {
     pub format: &'static str,
     /// Its options.
     pub options: &'static [(&'static str, &'static str)],
-    /// Units that it is shorter than its child.
+    /// Units that it is shorter than the image under test.
     pub shorter: u64,
 }
 
@@ -54,6 +56,7 @@ const fn case(
         block,
         blocks,
         parent: None,
+        grandparent: None,
         compressed: false,
         peer: None,
         whole_sectors: false,
@@ -71,8 +74,21 @@ pub const CASES: &[Case] = &[
         share: 50,
         ..case("vdi-child", "vdi", &[("block_size", "4k")], 4096, 8)
     },
+    Case {
+        parent: Some(Parent { format: "vdi", options: &[("block_size", "4k")], shorter: 0 }),
+        grandparent: Some(Parent { format: "vdi", options: &[("block_size", "4k")], shorter: 1 }),
+        share: 30,
+        ..case("vdi-chain", "vdi", &[("block_size", "4k")], 4096, 8)
+    },
     case("vhd", "vhd", &[("block_size", "4k")], 4096, 8),
     Case { peer: Some("vpc"), share: 5, ..case("vhd-2m", "vhd", &[], 2 << 20, 5) },
+    Case { peer: Some("vpc"), share: 30, ..case("vhd-fixed", "vhd", &[("subformat", "fixed")], 4096, 8) },
+    Case {
+        parent: Some(Parent { format: "vhd", options: &[("block_size", "4k")], shorter: 0 }),
+        grandparent: Some(Parent { format: "vhd", options: &[("block_size", "4k")], shorter: 1 }),
+        share: 30,
+        ..case("vhd-chain", "vhd", &[("block_size", "4k")], 4096, 8)
+    },
     Case {
         parent: Some(Parent { format: "vhd", options: &[("block_size", "4k")], shorter: 0 }),
         ..case("vhd-child", "vhd", &[("block_size", "4k")], 4096, 8)
@@ -87,6 +103,29 @@ pub const CASES: &[Case] = &[
         parent: Some(Parent { format: "vmdk", options: &[("grain_size", "4k")], shorter: 0 }),
         share: 50,
         ..case("vmdk-child", "vmdk", &[("grain_size", "4k")], 4096, 8)
+    },
+    Case {
+        parent: Some(Parent { format: "vmdk", options: &[("grain_size", "4k")], shorter: 0 }),
+        grandparent: Some(Parent { format: "vmdk", options: &[("grain_size", "4k")], shorter: 1 }),
+        share: 30,
+        ..case("vmdk-chain", "vmdk", &[("grain_size", "4k")], 4096, 8)
+    },
+    Case {
+        peer: Some("vmdk"),
+        share: 30,
+        ..case("vmdk-flat", "vmdk", &[("subformat", "monolithicFlat")], 4096, 8)
+    },
+    Case {
+        peer: Some("vmdk"),
+        share: 10,
+        // The last unit lies in the second file.
+        ..case(
+            "vmdk-split",
+            "vmdk",
+            &[("subformat", "twoGbMaxExtentSparse"), ("extent_size", "1M"), ("grain_size", "256k")],
+            256 << 10,
+            5,
+        )
     },
     Case { peer: Some("qcow2"), ..case("qcow2", "qcow2", &[("cluster_size", "4k")], 4096, 8) },
     Case {
@@ -109,6 +148,13 @@ pub const CASES: &[Case] = &[
         parent: Some(RAW_PARENT),
         share: 50,
         ..case("qcow2-sub-child", "qcow2", &[("extended_l2", "on"), ("cluster_size", "16k")], 16 << 10, 6)
+    },
+    Case {
+        peer: Some("qcow2"),
+        parent: Some(Parent { format: "qcow2", options: &[("cluster_size", "4k")], shorter: 1 }),
+        grandparent: Some(SHORT_RAW_PARENT),
+        share: 30,
+        ..case("qcow2-chain", "qcow2", &[("cluster_size", "4k")], 4096, 8)
     },
     Case {
         peer: Some("qcow2"),
@@ -158,8 +204,13 @@ impl Case {
         self.block * self.blocks - if self.block > 1536 { 3 * 512 } else { 0 }
     }
 
-    /// Size of the parent in bytes.
-    pub fn parent_size(&self) -> u64 {
-        self.size() - self.parent.map_or(0, |parent| parent.shorter * self.block)
+    /// Size of `parent` in bytes.
+    pub fn parent_size(&self, parent: &Parent) -> u64 {
+        self.size() - parent.shorter * self.block
+    }
+
+    /// Whether the sector that is written with `bytes` has a checksum, so that it may be torn inside: the footers of VHD.
+    pub fn is_sealed(&self, bytes: &[u8]) -> bool {
+        self.format == "vhd" && bytes.starts_with(b"conectix")
     }
 }

@@ -152,7 +152,7 @@ impl Explorer {
         let mut random = Random::new(mix(hash_of(workload.to_string().as_bytes()), path.len() as u64));
         let mut seen: HashMap<u64, Arc<View>> = HashMap::new();
         for cut in self.moments(trace) {
-            let crash = Crash::at(trace, files, cut);
+            let crash = Crash::at(trace, files, cut).garbling(|bytes| self.case.is_sealed(bytes));
             let allowed = oracle.after_crash(cut);
             let changes_snapshots = workload.changes_snapshots();
             let promise = Promise { allowed: &allowed, before, changes_snapshots };

@@ -8,12 +8,14 @@ use vellum::{
     ImageWriter, Location, OpenFlags, OptionValues, Output, OutputMode, ParentLink, Payload, Providers,
     Result, Storage, WriteAccess, WriteFlags, block_on, write_all,
 };
-use vellum_sim::{Content, FileId, FileSet, SECTOR, SimFiles, Tag, sector_bytes};
+use vellum_sim::{Content, FileId, FileSet, SECTOR, SimFiles, Tag, hash_of, sector_bytes};
 
 /// Name of the image under test.
 pub const DISK: &str = "disk.img";
 /// Name of its parent.
 pub const PARENT: &str = "parent.img";
+/// Name of the parent's parent.
+pub const GRANDPARENT: &str = "grandparent.img";
 
 /// What a workload begins with.
 pub struct Start {
@@ -69,15 +71,12 @@ pub fn usual_flags() -> OpenFlags {
 pub fn start(case: &Case) -> Result<Start> {
     let files = SimFiles::new(FileSet::default());
     let mut link = None;
-    if let Some(parent) = &case.parent {
-        make(
-            &files,
-            PARENT,
-            parent_case(case, parent),
-            &content(case, case.parent_size(), Tag::PARENT),
-            None,
-        )?;
-        link = Some(link_to_parent(&files, case, parent)?);
+    let parents = [(GRANDPARENT, &case.grandparent, Tag::GRANDPARENT), (PARENT, &case.parent, Tag::PARENT)];
+    for (name, parent, tag) in parents {
+        let Some(parent) = parent else { continue };
+        let content = content(case, case.parent_size(parent), tag);
+        make(&files, name, parent_case(case, parent), &content, link)?;
+        link = Some(link_to(&files, name, case, parent)?);
     }
     let parents: Vec<FileId> = files.snapshot().names.values().copied().collect();
     make(&files, DISK, *case, &content(case, case.size(), Tag::START), link)?;
@@ -88,7 +87,8 @@ pub fn start(case: &Case) -> Result<Start> {
     Ok(Start { files: files.snapshot(), disk: super::view::content(&disk)?, seen, parents })
 }
 
-/// Data of a new image: unit 1 and unit 4; in a parent, unit 0, too, and a few sectors of unit 2.
+/// Data of a new image: unit 1 and unit 4; in a parent, unit 0, too, and a few sectors of unit 2; in the parent's parent
+/// units 1, 2 and 5, of which each of the others hides a part.
 fn content(case: &Case, size: u64, write: u64) -> Content {
     let mut content = Content::default();
     content.set_len(size);
@@ -100,7 +100,11 @@ fn content(case: &Case, size: u64, write: u64) -> Content {
     // Large units are filled at both ends only: what lies between costs time and shows nothing more.
     let edge = case.block.min(16 << 10);
     let is_parent = write == Tag::PARENT;
-    let units: &[u64] = if is_parent { &[0, 1, 3] } else { &[1, 4] };
+    let units: &[u64] = match write {
+        Tag::GRANDPARENT => &[1, 2, 5],
+        Tag::PARENT => &[0, 1, 3],
+        _ => &[1, 4],
+    };
     for unit in units {
         put(unit * case.block, unit * case.block + edge);
         put((unit + 1) * case.block - edge, (unit + 1) * case.block);
@@ -129,17 +133,17 @@ fn add_sectors(files: &Arc<SimFiles>, case: &Case) -> Result<()> {
 }
 
 fn parent_case(case: &Case, parent: &Parent) -> Case {
-    Case { format: parent.format, options: parent.options, parent: None, compressed: false, ..*case }
+    Case { format: parent.format, options: parent.options, compressed: false, ..*case }
 }
 
-fn link_to_parent(files: &Arc<SimFiles>, case: &Case, parent: &Parent) -> Result<ParentLink> {
+fn link_to(files: &Arc<SimFiles>, name: &str, case: &Case, parent: &Parent) -> Result<ParentLink> {
     let options = ChainOptions { format: Some(parent.format.to_owned()), ..ChainOptions::default() };
-    let image = block_on(formats().open_alone(&files.resolver(), PARENT, &options))?;
+    let image = block_on(formats().open_alone(&files.resolver(), name, &options))?;
     Ok(ParentLink {
-        place: PARENT.to_owned(),
-        absolute: format!("/sim/{PARENT}"),
+        place: name.to_owned(),
+        absolute: format!("/sim/{name}"),
         format: image.format.name(),
-        virtual_size: case.parent_size(),
+        virtual_size: case.parent_size(parent),
         identity: image.layer.image.info().identity,
         modified_unix: None,
     })
@@ -162,7 +166,7 @@ fn make(
         traits: DiskTraits::default(),
         compress: case.compressed,
         level: None,
-        providers: Providers::seeded(u128::from(name == PARENT) + 42, 1_700_000_000),
+        providers: Providers::seeded(hash_of(name.as_bytes()).into(), 1_700_000_000),
         parent,
     };
     block_on(async {

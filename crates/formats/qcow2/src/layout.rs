@@ -2,7 +2,6 @@
 
 use crate::header::Header;
 use parking_lot::RwLock;
-use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -27,10 +26,16 @@ pub(crate) struct Layout {
     pub file_len: AtomicU64,
     /// Bytes of the data file; `u64::MAX` if it was not opened.
     pub data_len: AtomicU64,
-    /// Offsets of the refcount blocks (known from the first write on).
-    refcount_blocks: RwLock<HashSet<u64>>,
-    /// Snapshot table, L1 tables of snapshots, bitmap directory.
-    protected: RwLock<Vec<(Range<u64>, &'static str)>>,
+    protected: RwLock<Protected>,
+}
+
+/// Other metadata, known from the first write on.
+#[derive(Debug, Default)]
+struct Protected {
+    /// Offsets of the refcount blocks, sorted.
+    refcount_blocks: Vec<u64>,
+    /// Snapshot table, L1 tables of snapshots, bitmap directory; sorted and apart.
+    areas: Vec<(Range<u64>, &'static str)>,
 }
 
 impl Layout {
@@ -105,19 +110,22 @@ impl Layout {
         if let Some(what) = self.header_table(&range, cluster) {
             return Some(what);
         }
-        if self.refcount_blocks.read().contains(&offset) {
+        let protected = self.protected.read();
+        if protected.refcount_blocks.binary_search(&offset).is_ok() {
             return Some("a refcount block");
         }
-        let protected = self.protected.read();
-        let after = protected.partition_point(|(start, _)| start.start < range.end);
+        let after = protected.areas.partition_point(|(start, _)| start.start < range.end);
         // Sorted and apart: only the last one that starts before the end can reach in.
-        let last = after.checked_sub(1).and_then(|index| protected.get(index));
+        let last = after.checked_sub(1).and_then(|index| protected.areas.get(index));
         last.filter(|(area, _)| area.end > range.start).map(|(_, what)| *what)
     }
 
     /// Notes refcount blocks.
     pub fn add_blocks(&self, offsets: impl Iterator<Item = u64>) {
-        self.refcount_blocks.write().extend(offsets);
+        let blocks = &mut self.protected.write().refcount_blocks;
+        blocks.extend(offsets);
+        blocks.sort_unstable();
+        blocks.dedup();
     }
 
     /// Replaces the list of other metadata.
@@ -131,7 +139,7 @@ impl Layout {
                 _ => apart.push((area, what)),
             }
         }
-        *self.protected.write() = apart;
+        self.protected.write().areas = apart;
     }
 }
 

@@ -181,19 +181,26 @@ impl Qcow2Image {
 
     /// Checks the place of a cluster in the image's own file.
     pub(crate) fn check_cluster(&self, offset: u64, name: &str, at: u64) -> Result<()> {
-        if bytes::rem(offset, self.cluster)? != 0 {
+        self.check_offset(offset, name, at)?;
+        let range = offset..offset.saturating_add(self.cluster);
+        if let Some(what) = self.layout.header_table(&range, self.cluster) {
+            let what = format!("an offset points into {what}");
+            return Err(bad(Code::Overlap, &what, name, at, offset)
+                .allowed("a cluster of its own, outside of header, L1 and refcount table"));
+        }
+        Ok(())
+    }
+
+    /// Checks that an offset is one of a cluster in the file.
+    pub(crate) fn check_offset(&self, offset: u64, name: &str, at: u64) -> Result<()> {
+        // The size of a cluster is a power of two.
+        if offset & self.cluster.saturating_sub(1) != 0 {
             let allowed = format!("a multiple of {}", self.cluster);
             return Err(bad(Code::Misaligned, "an offset is not aligned to clusters", name, at, offset)
                 .allowed(allowed));
         }
         if offset >= self.layout.file_len() {
             return Err(self.out_of_file("an offset points past the end of the file", name, at, offset));
-        }
-        let range = offset..offset.saturating_add(self.cluster);
-        if let Some(what) = self.layout.header_table(&range, self.cluster) {
-            let what = format!("an offset points into {what}");
-            return Err(bad(Code::Overlap, &what, name, at, offset)
-                .allowed("a cluster of its own, outside of header, L1 and refcount table"));
         }
         Ok(())
     }

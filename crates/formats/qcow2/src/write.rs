@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use vellum_core::{
     BoxFuture, Code, Committer, Discarded, Error, Events, Intent, Limits, Placement, Reservation, Result,
-    WritableImage, bytes,
+    TableView, WritableImage, bytes,
 };
 
 /// Clusters that one question for a place goes through at most.
@@ -115,11 +115,16 @@ impl Qcow2Image {
 
     /// What the tables say of the cluster of guest byte `at`.
     pub(crate) fn spot(&self, at: u64) -> Result<Spot> {
+        let tables = self.tables.view();
+        self.spot_in(&tables, at)
+    }
+
+    fn spot_in(&self, tables: &TableView<'_>, at: u64) -> Result<Spot> {
         let l1_index = bytes::div(at, self.l2_covers)?;
         let (table, table_bytes) = self.layout.l1();
         let (page, within) = page_of(table, table_bytes, bytes::mul(l1_index, 8)?)?;
-        let Some(l1) = self.tables.get(page.start) else { return Ok(Spot::Miss(page)) };
-        let value = entry(&l1, within)?;
+        let Some(l1) = tables.get(page.start) else { return Ok(Spot::Miss(page)) };
+        let value = entry(l1, within)?;
         if value == 0 {
             let end = bytes::add(l1_index, 1)?.saturating_mul(self.l2_covers);
             return Ok(Spot::NoTable(bytes::sub(end, at)?));
@@ -130,10 +135,10 @@ impl Qcow2Image {
         }
         let within = bytes::div(bytes::rem(at, self.l2_covers)?, self.cluster)?;
         let (page, within) = page_of(l2, self.cluster, bytes::mul(within, self.entry_bytes())?)?;
-        let Some(content) = self.tables.get(page.start) else { return Ok(Spot::Miss(page)) };
+        let Some(content) = tables.get(page.start) else { return Ok(Spot::Miss(page)) };
         let guest = bytes::sub(at, bytes::rem(at, self.cluster)?)?;
         let page_len = bytes::sub(page.end, page.start)?;
-        self.read_entry(&content, Entry { page: page.start, within, page_len, value: 0, bitmap: 0, guest })
+        self.read_entry(content, Entry { page: page.start, within, page_len, value: 0, bitmap: 0, guest })
             .map(Spot::Entry)
     }
 
@@ -164,6 +169,11 @@ impl Qcow2Image {
 
     /// The cluster that an entry calls its own, checked: `(storage, offset)`.
     pub(crate) fn own_cluster(&self, e: &Entry) -> Result<Option<(usize, u64)>> {
+        let tables = self.tables.view();
+        self.own_cluster_in(&tables, e)
+    }
+
+    fn own_cluster_in(&self, tables: &TableView<'_>, e: &Entry) -> Result<Option<(usize, u64)>> {
         if e.is_compressed() || e.value & COPIED == 0 {
             return Ok(None);
         }
@@ -180,17 +190,18 @@ impl Qcow2Image {
         if e.host() == 0 {
             return Ok(None);
         }
-        self.refuse_overlap(e)?;
+        self.refuse_overlap(tables, e)?;
         Ok(Some((0, e.host())))
     }
 
     /// Guest data is never written over a table, whatever an entry says.
-    fn refuse_overlap(&self, e: &Entry) -> Result<()> {
+    fn refuse_overlap(&self, tables: &TableView<'_>, e: &Entry) -> Result<()> {
         let known = self.layout.metadata(e.host(), self.cluster);
         let own_table = || (e.page & !self.cluster.saturating_sub(1) == e.host()).then_some("its own table");
-        let table = || self.tables.get(e.host()).map(|_| "a table");
+        let table = || tables.get(e.host()).map(|_| "a table");
         let Some(what) = known.or_else(own_table).or_else(table) else {
-            return self.check_cluster(e.host(), "L2 entry", e.at());
+            // What the header names is among what is known.
+            return self.check_offset(e.host(), "L2 entry", e.at());
         };
         let error = bad(Code::Overlap, &format!("an L2 entry points at {what}"), "L2 entry", e.at(), e.value)
             .allowed("a cluster of guest data");
@@ -214,9 +225,9 @@ impl Qcow2Image {
     }
 
     /// The start of `range`, up to the end of its cluster.
-    fn place_step(&self, range: &Range<u64>) -> Result<Placement> {
+    fn place_step(&self, tables: &TableView<'_>, range: &Range<u64>) -> Result<Placement> {
         let asked = bytes::sub(range.end, range.start)?;
-        let e = match self.spot(range.start)? {
+        let e = match self.spot_in(tables, range.start)? {
             Spot::Miss(_) => return Ok(Placement::Miss),
             Spot::NoTable(len) => return Ok(Placement::Absent { len: len.min(asked) }),
             Spot::SharedTable => {
@@ -226,7 +237,7 @@ impl Qcow2Image {
             Spot::Entry(e) => e,
         };
         let skip = bytes::sub(range.start, e.guest)?;
-        let own = self.own_cluster(&e)?;
+        let own = self.own_cluster_in(tables, &e)?;
         let (has_place, end) = match self.header.extended_l2() {
             false => (own.is_some() && e.value & ZERO == 0, self.cluster),
             true => self.subcluster_run(e.bitmap, own.is_some(), skip)?,
@@ -278,7 +289,8 @@ impl WritableImage for Qcow2Image {
     }
 
     fn place(&self, range: Range<u64>) -> Result<Placement> {
-        let mut run = match self.place_step(&range)? {
+        let tables = self.tables.view();
+        let mut run = match self.place_step(&tables, &range)? {
             Placement::InPlace { len, storage, offset } => (len, storage, offset),
             other => return Ok(other),
         };
@@ -288,7 +300,7 @@ impl WritableImage for Qcow2Image {
                 break;
             }
             // An error or a miss there is answered when it is asked for itself.
-            match self.place_step(&(at..range.end)) {
+            match self.place_step(&tables, &(at..range.end)) {
                 Ok(Placement::InPlace { len, storage, offset })
                     if storage == run.1 && run.2.checked_add(run.0) == Some(offset) =>
                 {

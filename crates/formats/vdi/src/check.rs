@@ -1,17 +1,17 @@
-//! Checking: what is wrong with an image, and what would mend it (sheet vdi.md, section 8). Changes nothing.
+//! Checking: what is wrong with an image (sheet vdi.md, section 8). Changes nothing; what would mend it is planned in
+//! `repair`.
 //!
 //! Errors: entries that name no place, a place that another entry names too, or one past the end of the file; a
 //! counter that would make the next writer give a block out twice. Leaks: places that no entry names, a counter that
 //! is too great, a file that is too long. `qemu-img check` calls every difference between the counter and the number
 //! of entries an error, and does not look at the length of the file.
 
-use crate::header::{self, FORMAT, FREE, Header};
+use crate::header::{self, FORMAT, Header};
 use crate::layout::Layout;
 use crate::open::{oddities, read_head, virtual_size};
+use crate::repair;
 use crate::scan::{Fault, Survey, survey};
-use vellum_core::{
-    CheckReport, CheckRequest, Code, Error, FINDINGS_MAX, Fix, Patch, Result, Severity, bytes,
-};
+use vellum_core::{CheckReport, CheckRequest, Code, Error, FINDINGS_MAX, Result, Severity, bytes};
 
 /// So many bad entries are mended in one repair; more need another one.
 const MENDED_MAX: usize = 1 << 20;
@@ -53,7 +53,7 @@ pub(crate) async fn check(request: CheckRequest) -> Result<CheckReport> {
     image.check_counter();
     image.check_space();
     if request.plan {
-        image.plan()?;
+        repair::plan(&mut image, request.storage.as_ref()).await?;
     }
     Ok(image.report)
 }
@@ -93,19 +93,19 @@ fn report_fault(report: &mut CheckReport, layout: &Layout, fault: Fault) {
 }
 
 /// An image whose map was read.
-struct Checked {
-    header: Header,
-    layout: Layout,
-    survey: Survey,
+pub(crate) struct Checked {
+    pub(crate) header: Header,
+    pub(crate) layout: Layout,
+    pub(crate) survey: Survey,
     /// The first bad entries.
-    faults: Vec<Fault>,
-    file_len: u64,
-    report: CheckReport,
+    pub(crate) faults: Vec<Fault>,
+    pub(crate) file_len: u64,
+    pub(crate) report: CheckReport,
 }
 
 impl Checked {
     /// Where the last block in use ends.
-    fn end_offset(&self) -> u64 {
+    pub(crate) fn end_offset(&self) -> u64 {
         self.layout.slot_at(self.survey.slots.end())
     }
 
@@ -148,88 +148,5 @@ impl Checked {
         }
         self.report.allocated_bytes = u64::from(used).saturating_mul(self.layout.block);
         self.report.end_offset = end;
-    }
-
-    /// What would mend the image. A counter that is too small comes first: raising it is right whatever else is done.
-    fn plan(&mut self) -> Result<()> {
-        let mut counter = self.header.c_blocks_allocated;
-        if counter < self.survey.claimed {
-            self.plan_counter(self.survey.claimed, false);
-            counter = self.survey.claimed;
-        }
-        let is_lossy = !self.faults.is_empty();
-        self.plan_entries()?;
-        let all = bytes::wide(self.faults.len()) == self.survey.faults;
-        if counter != self.survey.slots.end() && all {
-            self.plan_counter(self.survey.slots.end(), is_lossy);
-        }
-        if self.file_len > self.end_offset() && all {
-            self.report.fixes.push(Fix {
-                what: format!(
-                    "cut the file from {} to {} bytes, behind its last block",
-                    self.file_len,
-                    self.end_offset()
-                ),
-                is_lossy,
-                is_leak: true,
-                patches: Vec::new(),
-                set_len: Some((0, self.end_offset())),
-            });
-        }
-        Ok(())
-    }
-
-    fn plan_counter(&mut self, to: u32, is_lossy: bool) {
-        let from = self.header.c_blocks_allocated;
-        self.report.fixes.push(Fix {
-            what: format!("set cBlocksAllocated (now {from}) to {to}, as the map has it"),
-            is_lossy,
-            is_leak: to < from && from <= self.header.c_blocks,
-            patches: vec![Patch {
-                storage: 0,
-                offset: self.header.counter_at(),
-                bytes: to.to_le_bytes().to_vec(),
-            }],
-            set_len: None,
-        });
-    }
-
-    /// Bad entries become FREE; a last block that is cut gets its missing part back, as zeros.
-    fn plan_entries(&mut self) -> Result<()> {
-        let is_cut = |fault: &&Fault| fault.code == Code::Truncated;
-        if let Some(cut) = self.faults.iter().find(is_cut) {
-            let end = self.layout.slot_at(cut.slot.saturating_add(1));
-            self.report.fixes.push(Fix {
-                what: format!(
-                    "make the file {end} bytes long; the missing part of guest block {} reads as zeros",
-                    cut.block
-                ),
-                is_lossy: true,
-                set_len: Some((0, end)),
-                ..Fix::default()
-            });
-        }
-        let mut patches: Vec<Patch> = Vec::new();
-        let mut count = 0u64;
-        for fault in self.faults.iter().filter(|fault| !is_cut(fault)) {
-            count = bytes::add(count, 1)?;
-            let offset = self.layout.entry_at(fault.block);
-            match patches.last_mut() {
-                Some(last) if last.offset.saturating_add(bytes::wide(last.bytes.len())) == offset => {
-                    last.bytes.extend(FREE.to_le_bytes());
-                }
-                _ => patches.push(Patch { storage: 0, offset, bytes: FREE.to_le_bytes().to_vec() }),
-            }
-        }
-        if count != 0 {
-            let instead = if self.header.has_parent() { "what the parent holds" } else { "zeros" };
-            self.report.fixes.push(Fix {
-                what: format!("clear {count} bad entries of the block map; their blocks read as {instead}"),
-                is_lossy: true,
-                patches,
-                ..Fix::default()
-            });
-        }
-        Ok(())
     }
 }

@@ -48,6 +48,7 @@ mod header;
 mod layout;
 mod map;
 mod open;
+mod repair;
 mod scan;
 mod session;
 mod slots;

@@ -199,7 +199,7 @@ impl VdiImage {
 
 impl Image for VdiImage {
     fn info(&self) -> &ImageInfo {
-        &self.info
+        self.writer.as_ref().and_then(|writer| writer.told.get()).unwrap_or(&self.info)
     }
     fn storages(&self) -> &[Arc<dyn Storage>] {
         &self.storages

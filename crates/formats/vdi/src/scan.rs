@@ -45,6 +45,43 @@ pub(crate) async fn survey(
     mut found: impl FnMut(Fault) + Send,
 ) -> Result<Survey> {
     let mut survey = Survey::default();
+    entries(storage, layout, |block, slot| {
+        if let Err(code) = survey.add(block, slot, layout, file_len, limits)? {
+            survey.faults = survey.faults.saturating_add(1);
+            found(Fault { code, block, slot });
+        }
+        Ok(())
+    })
+    .await?;
+    Ok(survey)
+}
+
+/// The guest blocks whose places are `wanted`, and those places.
+///
+/// # Errors
+/// Those of the storage.
+pub(crate) async fn owners(
+    storage: &dyn Storage,
+    layout: &Layout,
+    wanted: impl Fn(u32) -> bool + Send + Sync,
+) -> Result<Vec<(u64, u32)>> {
+    let mut owners = Vec::new();
+    entries(storage, layout, |block, slot| {
+        if wanted(slot) {
+            owners.push((block, slot));
+        }
+        Ok(())
+    })
+    .await?;
+    Ok(owners)
+}
+
+/// Calls `each` with every guest block that has a place, and the place.
+async fn entries(
+    storage: &dyn Storage,
+    layout: &Layout,
+    mut each: impl FnMut(u64, u32) -> Result<()> + Send,
+) -> Result<()> {
     let blocks = u64::from(layout.blocks);
     let mut first = 0u64;
     while first < blocks {
@@ -52,16 +89,14 @@ pub(crate) async fn survey(
         let len = bytes::index(bytes::mul(step, 4)?)?;
         let page = read_vec(storage, layout.entry_at(first), len).await?;
         let entries = page.as_chunks::<4>().0.iter().map(|entry| u32::from_le_bytes(*entry));
-        for (slot, block) in entries.zip(first..).filter_map(|(entry, block)| Some((slot_of(entry)?, block)))
-        {
-            if let Err(code) = survey.add(block, slot, layout, file_len, limits)? {
-                survey.faults = survey.faults.saturating_add(1);
-                found(Fault { code, block, slot });
+        for (entry, block) in entries.zip(first..) {
+            if let Some(slot) = slot_of(entry) {
+                each(block, slot)?;
             }
         }
         first = bytes::add(first, step)?;
     }
-    Ok(survey)
+    Ok(())
 }
 
 impl Survey {

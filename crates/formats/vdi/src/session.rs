@@ -82,13 +82,17 @@ impl VdiImage {
     /// A new modification identity, and the counter as the map has it: one write of one sector.
     async fn mark_session(&self, writer: &Writer) -> Result<()> {
         let mut head = read_vec(self.file(), 0, self.head_len()?).await?;
-        let uuid = writer.providers.random_uuid().to_microsoft();
+        let uuid = writer.providers.random_uuid();
         let counter = writer.alloc.lock().end().to_le_bytes();
-        put(&mut head, UUID_MODIFY_AT, &uuid)?;
+        put(&mut head, UUID_MODIFY_AT, &uuid.to_microsoft())?;
         put(&mut head, writer.counter_at, &counter)?;
         write_slice(self.file(), 0, &head).await?;
         flush_at(FlushPoint::Session, self.file()).await?;
         self.table.load(HEAD, self.head_len()?).await?;
+        let mut info = self.info.clone();
+        info.identity.modification = Some(uuid);
+        info.change_property("uuidModify", uuid.to_string());
+        writer.told.get_or_init(|| info);
         Ok(())
     }
 

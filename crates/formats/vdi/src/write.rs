@@ -17,11 +17,11 @@ use crate::layout::slot_of;
 use crate::map::{Run, VdiImage};
 use parking_lot::Mutex;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use vellum_core::{
-    BoxFuture, Code, Committer, Discarded, Error, Intent, Limits, OpenRequest, Placement, Preallocate,
-    Providers, Reservation, Result, Storage, TableChange, WritableImage, bytes,
+    BoxFuture, Code, Committer, Discarded, Error, ImageInfo, Intent, Limits, OpenRequest, Placement,
+    Preallocate, Providers, Reservation, Result, Storage, TableChange, WritableImage, bytes,
 };
 
 /// The page of the header's sector in the table cache; pages of the map start later.
@@ -51,6 +51,8 @@ pub(crate) struct Writer {
     pub(crate) is_fixed: bool,
     /// Where `cBlocksAllocated` stands.
     pub(crate) counter_at: u64,
+    /// What the image says of itself since the session began.
+    pub(crate) told: OnceLock<ImageInfo>,
 }
 
 impl Writer {
@@ -68,6 +70,7 @@ impl Writer {
             has_parent: header.has_parent(),
             is_fixed: header.is_fixed(),
             counter_at: header.counter_at(),
+            told: OnceLock::new(),
         }
     }
 }

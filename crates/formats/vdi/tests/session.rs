@@ -100,6 +100,11 @@ fn the_modification_identity_changes_once_in_a_session() {
     write(1);
     let second = identity();
     assert_ne!(second[16..], first[16..], "before the write is visible");
+    let info = disk.layers()[0].image.info();
+    let told = info.identity.modification.unwrap();
+    assert_eq!(told.to_microsoft(), second[16..], "the open disk tells what stands in the file");
+    let property = info.properties.iter().find(|property| property.name == "uuidModify").unwrap();
+    assert_eq!(property.value, told.to_string().into());
     assert_eq!(second[..16], first[..16]);
     write(2);
     disk.close().wait().unwrap();

@@ -17,9 +17,12 @@ use crate::map::{SECTOR, Sparse, Tables, VhdImage};
 use crate::survey::{Survey, aligned_start};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 use vellum_core::storage::write_slice;
-use vellum_core::{Code, Committer, Error, OpenRequest, Preallocate, Result, Storage, ZeroMode, bytes};
+use vellum_core::{
+    Code, Committer, Error, ImageInfo, OpenRequest, Preallocate, Result, Storage, ZeroMode, bytes,
+};
 use zerocopy::IntoBytes;
 
 /// What an image that can be written has besides its tables.
@@ -34,6 +37,8 @@ pub(crate) struct Writing {
     /// Held while the length of the file changes.
     length: async_lock::Mutex<()>,
     pub(crate) space: Mutex<Space>,
+    /// What the image says of itself since the session began.
+    pub(crate) told: OnceLock<ImageInfo>,
 }
 
 /// Room in the file that blocks can have.
@@ -86,6 +91,7 @@ impl Writing {
             timestamp: u32::try_from(seconds).unwrap_or(u32::MAX),
             length: async_lock::Mutex::new(()),
             space: Mutex::default(),
+            told: OnceLock::new(),
         }
     }
 

@@ -5,11 +5,14 @@
 
 use crate::header::{self, ABSENT, DYNAMIC_BYTES, DiskType, DynamicHeader, FOOTER_BYTES, FORMAT, Footer};
 use crate::locator;
-use crate::map::{SECTOR, Sparse};
+use crate::map::Sparse;
 use crate::open::{self, Ends, Found};
+use crate::repair;
 use crate::survey::{Fault, Placed, Survey};
 use vellum_core::storage::read_vec;
-use vellum_core::{CheckReport, CheckRequest, Code, Error, Fix, ImageInfo, Patch, Result, Severity, bytes};
+use vellum_core::{
+    CheckReport, CheckRequest, Code, Error, Fix, ImageInfo, Patch, Result, Severity, Storage, bytes,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Looks for what is wrong with an image, and plans what would mend it.
@@ -35,7 +38,7 @@ struct Check {
     plan: bool,
 }
 
-fn patch(offset: u64, bytes: &[u8]) -> Patch {
+pub(crate) fn patch(offset: u64, bytes: &[u8]) -> Patch {
     Patch { storage: 0, offset, bytes: bytes.to_vec() }
 }
 
@@ -91,7 +94,7 @@ impl Check {
         let layout = open::layout(&ends, &found, &dynamic, virtual_size, disk_type);
         let placed_max = bytes::index(request.limits.table_bytes / 8)?;
         let survey = Survey::read(storage, &layout, found.data_end, placed_max).await?;
-        self.blocks(&ends, &found, &layout, survey)
+        self.blocks(storage, &ends, &found, &layout, survey).await
     }
 
     /// The footer to go by: a sound one, else one of which only the checksum is wrong.
@@ -197,11 +200,14 @@ impl Check {
             self.note("the times in the footer and in its copy at the start differ", 24);
             return;
         }
-        let message = match is_sound {
-            true => "the footer and its copy at the start differ",
-            false => "the copy of the footer at the start of the file is missing or damaged",
-        };
-        self.error(if is_sound { Code::Corrupt } else { Code::Checksum }, message, 0);
+        if is_sound {
+            self.error(Code::Corrupt, "the footer and its copy at the start differ", 0);
+        } else {
+            // What a power loss leaves if the disk tears a sector while a session begins. The footer counts: no data is
+            // lost. (QEMU reads the copy only, and refuses the image until it is mended or written.)
+            let message = "the copy of the footer at the start of the file is missing or damaged";
+            self.report.find(Severity::Leak, Code::Checksum, message, Some(0));
+        }
         self.fix(Fix {
             what: "write the copy at the start, from the footer at the end".to_owned(),
             is_lossy: is_sound,
@@ -210,7 +216,14 @@ impl Check {
         });
     }
 
-    fn blocks(&mut self, ends: &Ends, found: &Found, layout: &Sparse, mut survey: Survey) -> Result<()> {
+    async fn blocks(
+        &mut self,
+        storage: &dyn Storage,
+        ends: &Ends,
+        found: &Found,
+        layout: &Sparse,
+        mut survey: Survey,
+    ) -> Result<()> {
         let completed = match found.torn {
             Some(_) => self.complete(layout, &mut survey),
             None => 0,
@@ -234,8 +247,16 @@ impl Check {
         self.clear(layout, &faults)?;
         self.report.allocated_bytes = survey.guest_bytes;
         self.report.end_offset = footer_at.saturating_add(FOOTER_BYTES);
-        if !survey.is_cut_short {
-            self.leaks(found, layout, &survey, footer_at, faults.is_empty());
+        if survey.is_cut_short {
+            return Ok(());
+        }
+        self.leaks(layout, &survey, footer_at);
+        if self.plan && faults.is_empty() {
+            // With a footer that is missing only the end is cut: what moves needs a sound file.
+            if self.report.errors == 0 && found.torn.is_none() {
+                repair::fill_holes(storage, layout, &mut survey, footer_at, &mut self.report.fixes).await?;
+            }
+            repair::cut(found, layout, &survey, footer_at, &mut self.report.fixes);
         }
         Ok(())
     }
@@ -298,28 +319,12 @@ impl Check {
     }
 
     /// Room that could hold blocks and that no entry names.
-    fn leaks(&mut self, found: &Found, layout: &Sparse, survey: &Survey, footer_at: u64, may_cut: bool) {
+    fn leaks(&mut self, layout: &Sparse, survey: &Survey, footer_at: u64) {
         for gap in survey.gaps(layout, footer_at) {
             let len = gap.end.saturating_sub(gap.start);
             let message = format!("{len} bytes that no BAT entry names");
             self.report.find(Severity::Leak, Code::Corrupt, message, Some(gap.start));
             self.report.leaked_bytes = self.report.leaked_bytes.saturating_add(len);
-            if gap.end != footer_at || !may_cut {
-                continue;
-            }
-            let end = gap.start.checked_next_multiple_of(SECTOR).unwrap_or(gap.start);
-            self.fix(Fix {
-                what: format!("write the footer at byte {end:#x}, behind the last block"),
-                is_leak: true,
-                patches: vec![patch(end, found.footer.as_bytes())],
-                ..Fix::default()
-            });
-            self.fix(Fix {
-                what: format!("cut the file off behind it: {len} bytes"),
-                is_leak: true,
-                set_len: Some((0, end.saturating_add(FOOTER_BYTES))),
-                ..Fix::default()
-            });
         }
     }
 }

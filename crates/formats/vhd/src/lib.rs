@@ -50,6 +50,7 @@ mod locator;
 mod map;
 mod open;
 mod parent;
+mod repair;
 mod survey;
 mod write;
 

@@ -59,7 +59,7 @@ pub(crate) async fn hints(
 }
 
 /// Where the texts of the locators stand, with the room that is kept for them.
-pub(crate) fn places(header: &DynamicHeader) -> Vec<Range<u64>> {
+pub(crate) fn places(header: &DynamicHeader, file_len: u64) -> Vec<Range<u64>> {
     let used = header.parent_locator.iter().filter(|entry| entry.code != [0; 4]);
     let places = used.map(|entry| {
         let start = entry.data_offset.get();
@@ -68,7 +68,9 @@ pub(crate) fn places(header: &DynamicHeader) -> Vec<Range<u64>> {
             sectors @ 0..512 => sectors.saturating_mul(512),
             bytes => bytes.min(LENGTH_MAX),
         };
-        start..start.saturating_add(space.max(entry.data_length.get()).into())
+        let end = start.saturating_add(space.max(entry.data_length.get()).into());
+        // What a damaged entry names past the end of the file is nothing that data must keep clear of.
+        start..end.min(file_len)
     });
     places.filter(|place| place.start < place.end).collect()
 }

@@ -320,7 +320,7 @@ fn run_of_bits(bitmap: &[u8], sectors: Range<u64>) -> Result<(bool, u64)> {
 
 impl Image for VhdImage {
     fn info(&self) -> &ImageInfo {
-        &self.info
+        self.writing.as_ref().and_then(|writing| writing.told.get()).unwrap_or(&self.info)
     }
     fn storages(&self) -> &[Arc<dyn Storage>] {
         &self.storages

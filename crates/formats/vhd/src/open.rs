@@ -270,7 +270,7 @@ pub(crate) fn layout(
         virtual_size,
         file_len: ends.len,
         differencing: disk_type == DiskType::Differencing,
-        locators: locator::places(dynamic),
+        locators: locator::places(dynamic, ends.len),
     }
 }
 
@@ -359,7 +359,7 @@ pub(crate) fn disk_size(footer: &Footer) -> (u64, Option<String>) {
     }
 }
 
-fn unix_time(timestamp: u32) -> u64 {
+pub(crate) fn unix_time(timestamp: u32) -> u64 {
     u64::from(timestamp).saturating_add(EPOCH)
 }
 

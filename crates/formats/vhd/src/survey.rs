@@ -55,8 +55,7 @@ impl Survey {
         data_end: u64,
         placed_max: usize,
     ) -> Result<Survey> {
-        let ends = layout.structures().chain(layout.locators.iter().cloned()).map(|taken| taken.end);
-        let mut survey = Survey { end: ends.max().unwrap_or(0), ..Survey::default() };
+        let mut survey = Survey { end: Survey::structures_end(layout), ..Survey::default() };
         let blocks = bytes::narrow(layout.blocks())?;
         let mut block = 0u32;
         while block < blocks {
@@ -74,6 +73,16 @@ impl Survey {
         }
         survey.placed.sort_unstable();
         Ok(survey)
+    }
+
+    fn structures_end(layout: &Sparse) -> u64 {
+        layout.structures().chain(layout.locators.iter().cloned()).map(|taken| taken.end).max().unwrap_or(0)
+    }
+
+    /// Finds out where the last block ends, after blocks moved.
+    pub(crate) fn find_end(&mut self, layout: &Sparse) {
+        let ends = self.placed.iter().map(|placed| layout.extent(placed.block.into(), placed.sector).end);
+        self.end = ends.max().unwrap_or(0).max(Survey::structures_end(layout));
     }
 
     fn add(&mut self, layout: &Sparse, data_end: u64, block: u32, entry: u32, placed_max: usize) {

@@ -12,6 +12,7 @@
 use crate::alloc::Writing;
 use crate::header::{ABSENT, FORMAT};
 use crate::map::{SECTOR, Spot, Tables, VhdImage};
+use crate::open::unix_time;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use vellum_core::storage::{past_end, write_slice};
@@ -57,6 +58,9 @@ impl VhdImage {
             write_slice(self.storage(), at, footer.as_bytes()).await?;
             flush_at(FlushPoint::Session, self.storage()).await?;
         }
+        let mut info = self.info.clone();
+        info.change_property("timestamp", unix_time(footer.timestamp.get()));
+        writing.told.get_or_init(|| info);
         Ok(())
     }
 

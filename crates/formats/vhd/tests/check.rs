@@ -8,12 +8,14 @@
 )]
 
 mod common;
+use common::guest::{DISCARD, bench};
 use common::{
     Directory, check_of, edit_footers, edit_header, footer_at, image_of, open_vhd, put32, repair, run,
     try_check,
 };
 use std::sync::Arc;
 use vellum_conformance::format::{Model, Recipe, read_all};
+use vellum_conformance::mending::carry_out_in_part;
 use vellum_core::{CheckReport, Code, Severity};
 use vellum_sim::MemoryFiles;
 
@@ -107,7 +109,7 @@ fn the_copy_at_the_start_is_rebuilt() {
     let image = image();
     let mut bytes = image.clone();
     bytes[..512].fill(0);
-    assert!(mend(&bytes, &[(Severity::Error, Code::Checksum)], false) == image);
+    assert!(mend(&bytes, &[(Severity::Leak, Code::Checksum)], false) == image);
     // Two sound ones: the end counts.
     let mut bytes = image.clone();
     let end = footer_at(&bytes);
@@ -145,7 +147,7 @@ fn checksums_are_mended_where_the_fields_are_plausible() {
     for at in [0, end] {
         put32(&mut bytes, at + 64, 0);
     }
-    let found = [(Severity::Error, Code::Checksum), (Severity::Error, Code::Checksum)];
+    let found = [(Severity::Error, Code::Checksum), (Severity::Leak, Code::Checksum)];
     assert!(mend(&bytes, &found, true) == image);
     assert!(try_check(&files_of(&[0; 4096]), "d").is_err());
     assert!(try_check(&files_of(&[0; 100]), "d").is_err());
@@ -214,6 +216,61 @@ fn room_at_the_end_is_given_back() {
     put32(&mut bytes, 0x608, 1);
     let report = check_of(&files_of(&bytes), "d");
     assert!(report.fixes.iter().all(|fix| !fix.is_leak));
+}
+
+#[test]
+fn holes_between_blocks_are_filled_with_the_last_ones() {
+    let directory = Directory::new();
+    let image = image();
+    for block in [1, 2] {
+        let mut bytes = image.clone();
+        put32(&mut bytes, 0x600 + block * 4, u32::MAX);
+        let mut expected = data();
+        expected[block << 21..(block + 1) << 21].fill(0);
+        let mended = mend(&bytes, &[(Severity::Leak, Code::Corrupt)], false);
+        assert_content(&mended, &expected);
+        assert!(mended.len() <= image.len() - (2 << 20));
+        let (path, raw) = (directory.write("d.vhd", &mended), directory.write("d.raw", &expected));
+        run("qemu-img", &["compare", "-f", "vpc", "-F", "raw", &path, &raw]);
+        // Whatever an interruption leaves reads the same, and can be mended.
+        let report = check_of(&files_of(&bytes), "d");
+        assert!(report.fixes.iter().all(|fix| fix.is_leak), "{:?}", report.fixes);
+        for steps in 0..report.fixes.len() {
+            let files = files_of(&bytes);
+            carry_out_in_part(&check_of(&files, "d"), steps);
+            let left = files.get("d").unwrap().to_vec();
+            assert_content(&left, &expected);
+            repair(&check_of(&files, "d"));
+            assert!(check_of(&files, "d").is_clean(), "after {steps} steps");
+            assert_content(&files.get("d").unwrap().to_vec(), &expected);
+        }
+    }
+}
+
+#[test]
+fn holes_in_a_child_are_filled_too() {
+    let files = MemoryFiles::new();
+    let parent = Model::with_runs(SIZE, &[(0, SIZE as usize)]);
+    files.put("base.vhd", &image_of(&Recipe::default(), &parent));
+    let content = parent.read(0, SIZE as usize);
+    let below = Some(("base.vhd", &content[..]));
+    let mut bench = bench(&files, "d", &[("block_size", "64k")], SIZE, below, DISCARD);
+    for at in [0u64, 1 << 20, 2 << 20, 3 << 20] {
+        bench.apply(&vellum_conformance::writing::Op::Write(at + 512, 3 * 512));
+    }
+    let mut expected = bench.model.clone();
+    let files = bench.close_and_verify();
+    let mut bytes = files.get("d").unwrap().to_vec();
+    let bat = u64::from_be_bytes(bytes[0x210..0x218].try_into().unwrap()) as usize;
+    // The second block of the file is nobody's: the parent shows.
+    put32(&mut bytes, bat + 16 * 4, u32::MAX);
+    files.put("d", &bytes);
+    expected[1 << 20..(1 << 20) + 65536].copy_from_slice(&parent.read(1 << 20, 65536));
+    let report = check_of(&files, "d");
+    assert_eq!(codes(&report), [(Severity::Leak, Code::Corrupt)]);
+    repair(&report);
+    assert!(check_of(&files, "d").is_clean());
+    assert!(read_all(&open_vhd(&files, "d").unwrap()) == expected);
 }
 
 #[test]

@@ -288,6 +288,32 @@ fn one_cache_page_is_enough() {
     assert!(vellum_conformance::format::read_all(&disk) == model().read(0, 40 << 10));
 }
 
+/// A locator that is not needed, and names a place of exbibytes: the footer does not go behind it. (Found by fuzzing.)
+#[test]
+fn a_locator_past_the_end_does_not_move_the_footer() {
+    let mut bytes = dynamic();
+    edit_header(&mut bytes, |header| {
+        // The eighth: code, dataSpace, dataLength, reserved, dataOffset.
+        header[744..748].copy_from_slice(b"W2ru");
+        put32(header, 748, 1);
+        put32(header, 752, 8);
+        header[760..768].copy_from_slice(&(1u64 << 62).to_be_bytes());
+    });
+    let files = MemoryFiles::new();
+    files.put("d", &bytes);
+    let options = common::write_options(vellum_core::OpenFlags::default());
+    let disk = vellum_conformance::format::open_with(&[common::vhd()], &files, "d", &options).unwrap();
+    let mut expected = model().read(0, 40 << 10);
+    expected[..512].fill(7);
+    let (_, result) = disk.write(Buf::copy_of(&[7; 512]), 0, vellum_core::WriteFlags::default()).wait();
+    result.unwrap();
+    disk.close().wait().unwrap();
+    // One block of 4 KiB and its bitmap.
+    assert!(files.get("d").unwrap().len().unwrap() <= bytes.len() as u64 + 0x2000);
+    let disk = open_vhd(&files, "d").unwrap();
+    assert!(vellum_conformance::format::read_all(&disk) == expected);
+}
+
 thread_local! {
     static GOOD: Vec<u8> = dynamic();
 }

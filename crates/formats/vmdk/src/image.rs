@@ -70,7 +70,7 @@ impl VmdkImage {
 
 impl Image for VmdkImage {
     fn info(&self) -> &ImageInfo {
-        &self.info
+        self.writer.as_ref().and_then(|writer| writer.told.get()).unwrap_or(&self.info)
     }
 
     fn storages(&self) -> &[Arc<dyn Storage>] {

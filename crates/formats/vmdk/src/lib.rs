@@ -58,6 +58,7 @@ mod extent;
 mod flat;
 mod grain;
 mod header;
+mod holes;
 mod image;
 mod info;
 mod map;

@@ -11,8 +11,8 @@ use crate::session::ContentIdentity;
 use crate::write::Writer;
 use parking_lot::Mutex;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 use vellum_core::bytes::{add, mul, sub};
 use vellum_core::{Code, Committer, Error, ImageInfo, Limits, OpenRequest, Result, Storage};
 
@@ -70,6 +70,7 @@ pub(crate) async fn prepare(
         skip_consistency_checks: request.skip_consistency_checks,
         keeps_marks: AtomicBool::new(false),
         entries: Mutex::new(()),
+        told: OnceLock::new(),
     })
 }
 

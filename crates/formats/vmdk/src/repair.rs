@@ -5,15 +5,17 @@
 //! 3. a table that is missing or lost is made again at the end of the file, then the directory points to it;
 //! 4. a grain that two entries lead to is copied to the end of the file for the second of them;
 //! 5. a directory that is lost is given up in the header, which then names the other one;
-//! 6. the end of the file that belongs to nothing is cut off;
-//! 7. the mark "not closed" is taken back.
+//! 6. if nothing else was wrong, the last grains are copied into unused places, then their entries point there;
+//! 7. the end of the file that belongs to nothing is cut off;
+//! 8. the mark "not closed" is taken back.
 
 use crate::check::Survey;
 use crate::disputes::Winner;
 use crate::extent::SparseExtent;
 use crate::header::{FLAG_REDUNDANT, SECTOR, SparseExtentHeader, parse};
+use crate::holes::{self, Move};
 use crate::session::UNCLEAN_AT;
-use vellum_core::bytes::{add, align_up, index, mul, narrow, sub, wide};
+use vellum_core::bytes::{add, align_up, div, index, mul, narrow, sub, wide};
 use vellum_core::storage::read_vec;
 use vellum_core::{CheckReport, Code, Fix, Patch, Result, Severity, Storage};
 use zerocopy::IntoBytes;
@@ -34,6 +36,7 @@ pub(crate) async fn plan(
         extent,
         storage,
         end: align_up(extent.file_len().max(survey.end), extent.grain)?,
+        used_end: survey.end,
         is_longer: false,
         is_all: is_whole && !survey.is_cut,
         fixes: Vec::new(),
@@ -43,8 +46,11 @@ pub(crate) async fn plan(
     plan.restore_tables(survey)?;
     plan.separate(survey).await?;
     plan.header().await?;
-    plan.cut(survey, is_whole)?;
-    plan.unmark().await?;
+    if plan.is_all && plan.fixes.is_empty() && report.errors == 0 && survey.single.is_empty() {
+        plan.fill_holes(survey).await?;
+    }
+    plan.cut(is_whole)?;
+    plan.unmark();
     if !plan.is_all {
         let message = format!("{}: a repair cannot mend everything that is wrong here", extent.name);
         report.find(Severity::Note, Code::Corrupt, message, None);
@@ -62,6 +68,8 @@ struct Plan<'a> {
     storage: &'a dyn Storage,
     /// Where something new can be put.
     end: u64,
+    /// Where the last grain or table ends that is there already.
+    used_end: u64,
     is_longer: bool,
     /// Everything that is wrong is mended.
     is_all: bool,
@@ -206,8 +214,43 @@ impl Plan<'_> {
         Ok(())
     }
 
-    fn cut(&mut self, survey: &Survey, is_whole: bool) -> Result<()> {
-        let end = align_up(survey.end, self.extent.grain)?;
+    /// Moves the last grains into holes. Old and new place hold the same: it does not matter which of them an
+    /// interrupted repair leaves in either table.
+    async fn fill_holes(&mut self, survey: &Survey) -> Result<()> {
+        let most = index(div(PLANNED_BYTES_MAX, self.extent.grain)?)?;
+        if survey.claimed.unmarked(self.used_end)? < self.extent.grain || !self.storage.limits().resizable {
+            return Ok(());
+        }
+        let found = holes::moves(self.extent, self.storage, survey, most).await?;
+        if found.moves.is_empty() {
+            return Ok(());
+        }
+        let (mut grains, mut entries) = (Vec::new(), Vec::new());
+        for Move { from, to, entries: places } in &found.moves {
+            let len = self.extent.grain.min(self.extent.file_len().saturating_sub(*from));
+            let mut bytes = read_vec(self.storage, *from, index(len)?).await?.to_vec();
+            bytes.resize(index(self.extent.grain)?, 0);
+            grains.push(self.patch(*to, &bytes));
+            for place in places {
+                entries.push(self.entry(*place, self.extent.entry_of(*to)?)?);
+            }
+        }
+        let (count, rest) =
+            (grains.len(), if found.has_more { " (there may be more: repair again)" } else { "" });
+        for (what, patches) in [
+            (format!("copy the last {count} grains into places that nobody uses{rest}"), grains),
+            (format!("let the table entries of these {count} grains point to the copies"), entries),
+        ] {
+            if let Some(fix) = self.step(what, patches) {
+                fix.is_leak = true;
+            }
+        }
+        self.used_end = found.end;
+        Ok(())
+    }
+
+    fn cut(&mut self, is_whole: bool) -> Result<()> {
+        let end = align_up(self.used_end, self.extent.grain)?;
         if is_whole && !self.is_longer && end < self.extent.file_len() && self.storage.limits().resizable {
             let bytes = sub(self.extent.file_len(), end)?;
             self.fixes.push(Fix {
@@ -223,11 +266,11 @@ impl Plan<'_> {
         Ok(())
     }
 
-    async fn unmark(&mut self) -> Result<()> {
+    fn unmark(&mut self) {
         if self.extent.is_unclean && self.is_all {
             let patch = self.patch(wide(UNCLEAN_AT), &[0]);
-            self.step("take the mark back that says \"not closed cleanly\"".to_owned(), vec![patch]);
+            let what = "take the mark back that says \"not closed cleanly\" (uncleanShutdown)";
+            self.step(what.to_owned(), vec![patch]);
         }
-        Ok(())
     }
 }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use vellum_core::bytes::{add, align_up, array, index, rem, sub, wide};
 use vellum_core::storage::{read_vec, write_slice};
-use vellum_core::{Code, Error, FlushPoint, Providers, Result, Storage, Uuid, flush_at};
+use vellum_core::{Code, Error, FlushPoint, ImageInfo, Providers, Result, Storage, Uuid, flush_at};
 
 /// Where `uncleanShutdown` stands in the header.
 pub(crate) const UNCLEAN_AT: usize = 72;
@@ -35,6 +35,20 @@ enum Field {
     ContentId,
     LongContentId,
     Modification,
+}
+
+impl Field {
+    /// `text` is the new value of the key.
+    fn tell(self, text: &str, info: &mut ImageInfo) {
+        match self {
+            Field::ContentId => info.identity.cid = u32::from_str_radix(text, 16).ok(),
+            Field::Modification => info.identity.modification = Uuid::parse(text),
+            Field::LongContentId => {}
+        }
+        if let Some((key, _)) = FIELDS.iter().find(|(_, field)| *field == self) {
+            info.change_property(key, text);
+        }
+    }
 }
 
 const FIELDS: [(&str, Field); 3] = [
@@ -58,8 +72,8 @@ impl ContentIdentity {
         ContentIdentity { storage, fields }
     }
 
-    /// Writes new ones in place. Not durable yet.
-    pub(crate) async fn change(&self, providers: &Providers) -> Result<()> {
+    /// Writes new ones in place, and tells `info` of them. Not durable yet.
+    pub(crate) async fn change(&self, providers: &Providers, info: &mut ImageInfo) -> Result<()> {
         let old = self.fields.iter().find(|(field, _)| *field == Field::ContentId);
         let old = old.map_or("", |(_, pair)| pair.value.as_str());
         let cid = new_content_id(old, providers);
@@ -81,6 +95,7 @@ impl ContentIdentity {
                 }
             };
             if text.len() == pair.value.len() {
+                field.tell(&text, info);
                 patches.push((self.place(pair).await?, text));
             }
         }
@@ -169,13 +184,15 @@ impl VmdkImage {
             mark(storage, true).await.map_err(|e| e.image(&extent.name))?;
         }
         self.mend().await?;
-        writer.identity.change(&writer.providers).await?;
+        let mut info = self.info.clone();
+        writer.identity.change(&writer.providers, &mut info).await?;
         for storage in &writer.storages {
             flush_at(FlushPoint::Session, storage.as_ref()).await?;
         }
         if !self.is_among(writer.identity.storage(), &writer.storages) {
             flush_at(FlushPoint::Session, writer.identity.storage().as_ref()).await?;
         }
+        writer.told.get_or_init(|| info);
         Ok(())
     }
 
@@ -238,7 +255,8 @@ mod tests {
         let memory = Arc::new(Memory::from_bytes("d", text.as_bytes()));
         let before = descriptor::parse(text.as_bytes(), 0, &Limits::default()).unwrap();
         let identity = ContentIdentity::of(&before, memory.clone());
-        block_on(identity.change(&Providers::seeded(1, 0))).unwrap();
+        let mut info = ImageInfo::default();
+        block_on(identity.change(&Providers::seeded(1, 0), &mut info)).unwrap();
         let bytes = memory.to_vec();
         assert_eq!(bytes.len(), text.len());
         let after = descriptor::parse(&bytes, 0, &Limits::default()).unwrap();
@@ -251,8 +269,10 @@ mod tests {
             before.uuid("ddb.uuid.modification").unwrap()
         );
         assert_eq!(after.get("parentCID"), Some("ffffffff"));
+        assert_eq!(info.identity.cid, after.content_id("CID").unwrap());
+        assert_eq!(info.identity.modification, after.uuid("ddb.uuid.modification").unwrap());
         // Again with what was read before: somebody else was there.
-        let error = block_on(identity.change(&Providers::seeded(1, 0))).unwrap_err();
+        let error = block_on(identity.change(&Providers::seeded(1, 0), &mut info)).unwrap_err();
         assert_eq!(error.code(), Code::SourceChanged);
     }
 

@@ -15,12 +15,12 @@ use crate::session::ContentIdentity;
 use crate::tables::{Changes, Held, Stop};
 use parking_lot::Mutex;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 use vellum_core::bytes::{add, div, div_ceil, mul, narrow, rem, sub, wide};
 use vellum_core::{
-    BoxFuture, Code, Committer, Discarded, Error, Extent, Image, Intent, Lookup, Placement, Providers,
-    Reservation, Result, Storage, WritableImage, ZeroMode,
+    BoxFuture, Code, Committer, Discarded, Error, Extent, Image, ImageInfo, Intent, Lookup, Placement,
+    Providers, Reservation, Result, Storage, WritableImage, ZeroMode,
 };
 
 /// Unit in which flat extents are locked and discarded.
@@ -44,6 +44,8 @@ pub(crate) struct Writer {
     pub keeps_marks: AtomicBool,
     /// Held while entries are looked up and changed in one go. Never across I/O.
     pub entries: Mutex<()>,
+    /// What the image says of itself since the session began.
+    pub told: OnceLock<ImageInfo>,
 }
 
 /// A sparse part that can be written, and all that goes with it.

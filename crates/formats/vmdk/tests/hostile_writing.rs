@@ -6,6 +6,7 @@ use common::model::*;
 use common::*;
 use proptest::prelude::*;
 use vellum_conformance::format::{Model, open_with};
+use vellum_conformance::mending::carry_out;
 use vellum_core::{ChainOptions, OpenFlags, ZeroMode};
 use vellum_sim::MemoryFiles;
 

@@ -7,6 +7,7 @@ use common::model::*;
 use common::*;
 use std::sync::Arc;
 use vellum_conformance::format::{Model, open_with, read_all};
+use vellum_conformance::mending::{carry_out, carry_out_in_part};
 use vellum_core::{ChainOptions, Code, OpenFlags, Severity};
 use vellum_sim::MemoryFiles;
 
@@ -321,6 +322,111 @@ fn the_end_of_a_file_that_belongs_to_nothing_is_a_leak() {
         assert!(read.iter().filter(|b| **b != 0).count() == 10);
     }
     disk.close().wait().unwrap();
+}
+
+#[test]
+fn the_mark_alone_is_taken_back() {
+    for options in [&[][..], &[("zeroed_grain", "on")], &[("subformat", "twoGbMaxExtentSparse")]] {
+        let files = MemoryFiles::new();
+        create(&files, "d.vmdk", 4 << 20, options);
+        let extents: Vec<String> = files
+            .paths()
+            .into_iter()
+            .filter(|path| files.get(path).unwrap().to_vec().starts_with(b"KDMV"))
+            .collect();
+        let [extent] = &extents[..] else { panic!("{extents:?}") };
+        let good = files.get(extent).unwrap().to_vec();
+        let mut marked = good.clone();
+        marked[72] = 1;
+        files.put(extent, &marked);
+        let report = check(&files, "d.vmdk", true);
+        assert!(report.is_clean() && !report.findings.is_empty(), "{:?}", findings(&report));
+        assert_eq!(report.fixes.len(), 1, "{:?}", report.fixes);
+        assert!(!report.fixes[0].is_lossy && report.fixes[0].what.contains("uncleanShutdown"));
+        carry_out(&report, false);
+        assert!(files.get(extent).unwrap().to_vec() == good);
+        assert!(check(&files, "d.vmdk", true).fixes.is_empty());
+    }
+}
+
+#[test]
+fn holes_between_grains_are_filled_with_the_last_ones() {
+    let directory = tempfile::tempdir().unwrap();
+    let good = good();
+    for (grain, unclean) in [(0, 0), (16, 0), (16, 1)] {
+        let mut holed = good.clone();
+        set32(&mut holed, GT + grain * 4, 0);
+        set32(&mut holed, RGT + grain * 4, 0);
+        holed[72] = unclean;
+        let mut expected = model().read(0, SIZE as usize);
+        expected[grain << 16..(grain + 1) << 16].fill(0);
+        let files = one(&holed);
+        let report = check(&files, "d.vmdk", true);
+        assert_eq!(
+            (report.errors, report.leaks, report.leaked_bytes),
+            (0, 1, 65_536),
+            "{:?}",
+            findings(&report)
+        );
+        // Copy, entries, length, and the mark, which is no leak.
+        assert_eq!(report.fixes.len(), 3 + usize::from(unclean), "{:?}", report.fixes);
+        assert!(report.fixes.iter().take(3).all(|fix| fix.is_leak && !fix.is_lossy));
+        carry_out(&report, false);
+        let after = check(&files, "d.vmdk", true);
+        assert!(after.is_clean() && after.fixes.is_empty(), "{:?}", findings(&after));
+        let mended = bytes(&files);
+        assert!(agree(&mended) && mended.len() == good.len() - 65_536 && mended[72] == 0);
+        assert!(read_all(&open(&files, "d.vmdk").unwrap()) == expected);
+        store(&files, directory.path());
+        std::fs::write(directory.path().join("raw"), &expected).unwrap();
+        run(directory.path(), "qemu-img", &["compare", "-f", "vmdk", "-F", "raw", "d.vmdk", "raw"]);
+        // Whatever an interruption leaves reads the same, and can be mended.
+        for steps in 0..report.fixes.len() {
+            let files = one(&holed);
+            carry_out_in_part(&check(&files, "d.vmdk", true), steps);
+            assert!(read_all(&open(&files, "d.vmdk").unwrap()) == expected, "after {steps} steps");
+            for _ in 0..2 {
+                carry_out(&check(&files, "d.vmdk", true), false);
+            }
+            let after = check(&files, "d.vmdk", true);
+            assert!(
+                after.is_clean() && after.fixes.is_empty(),
+                "after {steps} steps: {:?}",
+                findings(&after)
+            );
+            assert!(read_all(&open(&files, "d.vmdk").unwrap()) == expected);
+        }
+    }
+}
+
+#[test]
+fn what_discards_left_in_the_middle_is_given_back() {
+    for options in [&[("grain_size", "4096")][..], &[("zeroed_grain", "on")]] {
+        let files = MemoryFiles::new();
+        create(&files, "d.vmdk", 8 << 20, options);
+        let disk = open_rw(&files, "d.vmdk", 1).unwrap();
+        write(&disk, 0, &[0x21; 4 << 20]).unwrap();
+        let mut expected = vec![0u8; 8 << 20];
+        expected[..4 << 20].fill(0x21);
+        for at in (0u64..3 << 20).step_by(256 << 10) {
+            disk.discard_range(at..at + (128 << 10)).wait().unwrap();
+            expected[at as usize..][..128 << 10].fill(0);
+        }
+        disk.close().wait().unwrap();
+        let before = bytes(&files).len();
+        let report = check(&files, "d.vmdk", true);
+        assert_eq!((report.errors, report.leaked_bytes), (0, 12 * (128 << 10)), "{:?}", findings(&report));
+        carry_out(&report, false);
+        let after = check(&files, "d.vmdk", true);
+        assert!(after.is_clean() && after.fixes.is_empty(), "{:?}", findings(&after));
+        assert_eq!(bytes(&files).len(), before - 12 * (128 << 10));
+        assert!(agree_everywhere(&files) && read_all(&open(&files, "d.vmdk").unwrap()) == expected);
+    }
+}
+
+/// Every table and its copy say the same: nothing is in dispute.
+fn agree_everywhere(files: &Arc<MemoryFiles>) -> bool {
+    !findings(&check(files, "d.vmdk", false)).iter().any(|finding| finding.contains("differs"))
 }
 
 #[test]

@@ -6,6 +6,7 @@ use common::model::*;
 use common::*;
 use std::path::Path;
 use std::sync::Arc;
+use vellum_conformance::mending::carry_out;
 use vellum_core::Severity;
 use vellum_sim::MemoryFiles;
 

@@ -4,7 +4,7 @@ mod common;
 
 use common::model::*;
 use common::*;
-use vellum_core::{Code, OpenFlags};
+use vellum_core::{Code, Disk, OpenFlags};
 use vellum_sim::MemoryFiles;
 
 const SIZE: u64 = (5 << 20) + 3 * 512;
@@ -202,9 +202,14 @@ fn a_session_marks_the_extents_and_changes_the_content_id_once() {
     };
     let first = identity();
     let disk = open_rw(&files, "d.vmdk", 1).unwrap();
+    let told = |disk: &Disk| disk.layers()[0].image.info().clone();
+    assert_eq!(told(&disk).identity, first);
     write(&disk, 100, &[1; 100]).unwrap();
     assert_eq!(marks(), [1, 1, 1]);
     let second = identity();
+    assert_eq!(told(&disk).identity, second, "the open disk tells what stands in the file");
+    let cid = told(&disk).properties.into_iter().find(|property| property.name == "CID").unwrap();
+    assert_eq!(cid.value, format!("{:08x}", second.cid.unwrap()).into());
     assert!(second.cid != first.cid && second.modification != first.modification);
     assert_eq!(second.uuid, first.uuid);
     let (unclean, notes) = open_noting(&files, "d.vmdk");

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 use vellum_core::{
     Buf, ChainOptions, CheckReport, CheckRequest, CreateRequest, Disk, DiskTraits, Events, Format,
-    FormatRegistry, Limits, Location, OpenFlags, OptionValues, Output, OutputMode, ParentLink, Preallocate,
-    Providers, Resolver, Result, Storage, WriteAccess, WriteFlags, ZeroMode, block_on,
+    FormatRegistry, Limits, Location, OpenFlags, OptionValues, Output, OutputMode, ParentLink, Providers,
+    Resolver, Result, Storage, WriteAccess, WriteFlags, ZeroMode, block_on,
 };
 use vellum_format_vdi::Vdi;
 
@@ -136,19 +136,7 @@ pub fn findings(report: &CheckReport) -> Vec<String> {
 
 /// Carries a plan out.
 pub fn repair(report: &CheckReport) {
-    for fix in &report.fixes {
-        for patch in &fix.patches {
-            let storage = &report.storages[patch.storage];
-            storage
-                .write_at(Buf::copy_of(&patch.bytes), patch.offset, WriteFlags::default())
-                .wait()
-                .1
-                .unwrap();
-        }
-        if let Some((storage, len)) = fix.set_len {
-            report.storages[storage].set_len(len, Preallocate::Off).wait().unwrap();
-        }
-    }
+    vellum_conformance::mending::carry_out(report, true);
 }
 
 /// A guest at work on the image at `path`.

@@ -99,15 +99,5 @@ pub fn try_check(files: &Arc<MemoryFiles>, path: &str) -> Result<vellum_core::Ch
 
 /// Carries out what a check planned.
 pub fn repair(report: &vellum_core::CheckReport) {
-    for fix in &report.fixes {
-        for patch in &fix.patches {
-            let storage = report.storages[patch.storage].as_ref();
-            let written = vellum_core::storage::write_slice(storage, patch.offset, &patch.bytes);
-            vellum_core::block_on(written).expect("writing a patch");
-        }
-        if let Some((storage, len)) = fix.set_len {
-            let storage = &report.storages[storage];
-            storage.set_len(len, vellum_core::Preallocate::Off).wait().expect("setting the length");
-        }
-    }
+    vellum_conformance::mending::carry_out(report, true);
 }

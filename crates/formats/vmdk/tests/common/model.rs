@@ -95,26 +95,6 @@ pub fn create_child(
     })
 }
 
-/// Opens a chain of any resolver's files.
-pub fn open_at(resolver: &Arc<dyn Resolver>, path: &str, options: &ChainOptions) -> Result<Disk, Error> {
-    block_on(FormatRegistry::new(formats()).open_chain(resolver, path, options)).map(|(disk, _)| disk)
-}
-
-/// The report of a check of any resolver's file, with a plan.
-pub fn check_at(resolver: &Arc<dyn Resolver>, path: &str) -> CheckReport {
-    let asker = vellum_core::Asker::User;
-    let opened = resolver.open(path, &asker, vellum_core::Access::default()).wait().unwrap();
-    let request = CheckRequest {
-        storage: opened.storage,
-        location: opened.location,
-        resolver: resolver.clone(),
-        limits: Default::default(),
-        events: Events::new(|_| {}),
-        plan: true,
-    };
-    block_on(vmdk().check(request)).unwrap()
-}
-
 /// The report of a check.
 pub fn check(files: &Arc<MemoryFiles>, path: &str, plan: bool) -> CheckReport {
     let request = CheckRequest {
@@ -126,26 +106,6 @@ pub fn check(files: &Arc<MemoryFiles>, path: &str, plan: bool) -> CheckReport {
         plan,
     };
     block_on(vmdk().check(request)).unwrap()
-}
-
-/// Carries out the plan of a check; `lossy` steps too if they may.
-pub fn carry_out(report: &CheckReport, lossy: bool) {
-    for fix in &report.fixes {
-        if fix.is_lossy && !lossy {
-            continue;
-        }
-        for patch in &fix.patches {
-            let storage = &report.storages[patch.storage];
-            storage
-                .write_at(Buf::copy_of(&patch.bytes), patch.offset, WriteFlags::default())
-                .wait()
-                .1
-                .unwrap();
-        }
-        if let Some((storage, len)) = fix.set_len {
-            report.storages[storage].set_len(len, vellum_core::Preallocate::Off).wait().unwrap();
-        }
-    }
 }
 
 pub fn findings(report: &CheckReport) -> Vec<String> {
