@@ -160,22 +160,33 @@ async fn inherited_descriptors_are_what_they_are() {
     }
 }
 
-fn socat(arguments: &[&str]) -> std::process::Child {
-    Command::new("socat")
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("socat (scripts/install-test-deps.sh)")
+/// A child process that does not outlive its test.
+struct Socat(std::process::Child);
+
+impl Drop for Socat {
+    fn drop(&mut self) {
+        // Fails if it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
-async fn exists(path: &Path) {
-    let waiting = async {
-        while !path.exists() {
-            sleep(Duration::from_millis(10)).await;
+fn socat(arguments: &[&str]) -> Socat {
+    let child = Command::new("socat").args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+    Socat(child.expect("socat (scripts/install-test-deps.sh)"))
+}
+
+/// Connects as soon as somebody listens there.
+async fn connect_when_there(text: &str) -> Box<dyn Channel> {
+    let connecting = async {
+        loop {
+            match connect(&address(text), &ConnectOptions::default()).await {
+                Ok(channel) => break channel,
+                Err(_) => sleep(Duration::from_millis(10)).await,
+            }
         }
     };
-    within("a path", waiting).await;
+    within("a listener", connecting).await
 }
 
 #[tokio::test]
@@ -189,33 +200,34 @@ async fn socat_connects() {
         let mut child = socat(&["-", &to]);
         let (mut channel, peer) = next(&mut listener).await;
         if to.starts_with("UNIX") {
-            assert_eq!(peer.process.map(|process| process.pid), Some(child.id()));
+            assert_eq!(peer.process.map(|process| process.pid), Some(child.0.id()));
         }
-        std::io::Write::write_all(child.stdin.as_mut().expect("its input"), b"from socat").expect("written");
+        std::io::Write::write_all(child.0.stdin.as_mut().expect("its input"), b"from socat")
+            .expect("written");
         let mut got = [0; 10];
         within("a message", channel.read_exact(&mut got)).await.expect("received");
         assert_eq!(&got, b"from socat");
         channel.write_all(b"to socat").await.expect("sent");
         channel.close().await.expect("closed");
-        let output = tokio::task::spawn_blocking(|| child.wait_with_output()).await.expect("no panic");
-        assert_eq!(output.expect("output").stdout, b"to socat");
+        let output = child.0.stdout.take().expect("its output");
+        let reading = tokio::task::spawn_blocking(|| std::io::read_to_string(output));
+        assert_eq!(within("its output", reading).await.expect("no panic").expect("text"), "to socat");
     }
 }
 
 #[tokio::test]
 async fn socat_listens() {
     let folder = tempfile::tempdir().expect("a folder");
-    let path: PathBuf = folder.path().join("socket");
+    let path = folder.path().join("socket");
     let mut child = socat(&[&format!("UNIX-LISTEN:{}", path.display()), "EXEC:cat"]);
-    exists(&path).await;
-    let mut channel = connect_to(&format!("unix:{}", path.display())).await;
+    let mut channel = connect_when_there(&format!("unix:{}", path.display())).await;
     channel.write_all(b"there and back").await.expect("sent");
     let mut got = [0; 14];
     within("an echo", channel.read_exact(&mut got)).await.expect("received");
     assert_eq!(&got, b"there and back");
     channel.close().await.expect("closed");
-    let status =
-        tokio::task::spawn_blocking(move || child.wait()).await.expect("no panic").expect("a status");
+    let ending = tokio::task::spawn_blocking(move || child.0.wait());
+    let status = within("its end", ending).await.expect("no panic").expect("a status");
     assert!(status.success());
 }
 

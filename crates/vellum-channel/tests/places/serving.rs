@@ -278,7 +278,9 @@ async fn served_with_few_descriptors() {
     println!("{}", listener.local_endpoints()[0]);
     // Takes what comes until nothing does, then lets go of it all.
     let (mut kept, mut served, mut most) = (Vec::new(), 0, 0);
+    let start = Instant::now();
     while served < 40 {
+        assert!(start.elapsed() < LIMIT, "only {served} were served");
         match timeout(Duration::from_millis(250), listener.next()).await {
             Ok(next) => kept.push(next.expect("a connection").0),
             Err(_) => {
