@@ -1,4 +1,4 @@
 //! Requests to a qcow2 image, valid or mutated, compared with an array of bytes.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|input: vellum_fuzz::ops::Input| vellum_fuzz::ops::run(input, "qcow2"));
+libfuzzer_sys::fuzz_target!(|input: vellum_fuzz::input::Input| vellum_fuzz::ops::run(input, "qcow2"));

@@ -1,4 +1,4 @@
 //! Requests to a vhd image, valid or mutated, compared with an array of bytes.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|input: vellum_fuzz::ops::Input| vellum_fuzz::ops::run(input, "vhd"));
+libfuzzer_sys::fuzz_target!(|input: vellum_fuzz::input::Input| vellum_fuzz::ops::run(input, "vhd"));

@@ -11,6 +11,10 @@
 //!                                4..     end of the file; a second file follows
 //! ```
 
+mod data;
+mod files;
+pub mod input;
+mod mutated;
 pub mod ops;
 pub mod shapes;
 

@@ -7,6 +7,9 @@ use vellum_tests::corpus::{Content, Sparse, all, healthy};
 /// Larger seeds slow the fuzzer down more than they teach it.
 const SEED_MAX: usize = 64 << 10;
 
+/// Sequences of requests that a target begins with.
+const OPS_SEEDS: u64 = 200;
+
 fn main() -> std::io::Result<()> {
     let mut count = 0;
     let mut write = |target: &str, name: &str, bytes: &[u8]| {
@@ -42,6 +45,13 @@ fn main() -> std::io::Result<()> {
         };
         if text.starts_with(b"#") {
             write("vmdk_descriptor", &case.name, &text)?;
+        }
+    }
+    for format in ["raw", "vdi", "vhd", "vmdk", "qcow2"] {
+        for seed in 1..=OPS_SEEDS {
+            // What comes of them is the fuzzer's affair; half of them leave the image valid.
+            let bytes = vellum_tests::disks::noise(seed, 3 + seed as usize * 3 % 250);
+            write(&format!("ops_{format}"), &format!("noise-{seed}"), &bytes)?;
         }
     }
     println!("{count} seeds");

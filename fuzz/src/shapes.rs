@@ -1,18 +1,25 @@
-//! The small images that requests are sent to: every variant that can be written, alone and as a child.
+//! The images that requests are sent to: every variant that can be written, alone and as a child. Small ones are the
+//! most by far, because a thousand runs on a small image find more than one on a large one.
 
-use std::cell::RefCell;
+use crate::data;
+use crate::files::{Content, Files};
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use vellum::{
-    Buf, ChainOptions, CreateDiskRequest, ParentRequest, Preallocate, Providers, Storage, Vellum,
+    Buf, ChainOptions, ConvertRequest, CreateDiskRequest, ParentRequest, Providers, Quiet, Vellum,
     WriteAccess, WriteFlags,
 };
 use vellum_sim::MemoryFiles;
-use vellum_tests::corpus::Sparse;
 
 /// The image that is opened.
 pub const NAME: &str = "disk.img";
-const PARENT: &str = "base.img";
+/// The snapshot that some shapes keep.
+pub const SNAPSHOT: &str = "kept";
+
+/// How the names of parents begin.
+pub const PARENTS: &str = "base";
+
+type Options = &'static [(&'static str, &'static str)];
 
 /// How an image is made.
 pub struct Shape {
@@ -20,188 +27,281 @@ pub struct Shape {
     pub name: &'static str,
     /// Its format.
     pub format: &'static str,
-    options: &'static [(&'static str, &'static str)],
+    options: Options,
     size: u64,
-    /// Format of the parent, if it has one.
-    parent: Option<&'static str>,
+    /// Formats of its parents, the base first.
+    parents: &'static [&'static str],
+    content: Start,
+    /// How often it is taken, compared with the others of its format.
+    weight: u8,
+}
+
+/// How the data that an image begins with comes into it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Start {
+    Written,
+    /// By converting, compressed.
+    Compressed,
+    /// Written, and kept in a snapshot.
+    Snapshot,
+}
+
+/// A shape that was made.
+pub struct Made {
+    /// Its files, the image first.
+    pub files: Vec<(String, Content)>,
+    /// What its disk shows.
+    pub disk: Vec<u8>,
+    /// Bytes of a few pages of its tables: as many as one request needs at once.
+    pub few_tables_bytes: usize,
 }
 
 const KIB: u64 = 1 << 10;
-const PAGE: usize = 4096;
-/// No block divides it.
-const SMALL: u64 = 256 * KIB + 3 * 512;
-const MIDDLE: u64 = 640 * KIB + 3 * 512;
-/// More than one extent, and more than one block of those formats whose blocks are large.
-const LARGE: u64 = 1536 * KIB + 3 * 512;
+/// No block divides any of these.
+const TINY: u64 = 40 * KIB + 3 * 512;
+const SMALL: u64 = 64 * KIB + 3 * 512;
+const MIDDLE: u64 = 256 * KIB + 3 * 512;
+const LARGE: u64 = 640 * KIB + 3 * 512;
+/// More than one extent of the least size.
+const SPLIT: u64 = 1536 * KIB + 3 * 512;
 
-const fn alone(
-    name: &'static str,
-    format: &'static str,
-    options: &'static [(&'static str, &'static str)],
-    size: u64,
-) -> Shape {
-    Shape { name, format, options, size, parent: None }
+const fn image(name: &'static str, format: &'static str, options: Options, size: u64, weight: u8) -> Shape {
+    Shape { name, format, options, size, parents: &[], content: Start::Written, weight }
 }
 
-const fn child(
-    name: &'static str,
-    format: &'static str,
-    options: &'static [(&'static str, &'static str)],
-    parent: &'static str,
-) -> Shape {
-    Shape { name, format, options, size: SMALL, parent: Some(parent) }
+impl Shape {
+    const fn of(self, parents: &'static [&'static str]) -> Self {
+        Shape { parents, ..self }
+    }
+
+    const fn with(self, content: Start) -> Self {
+        Shape { content, ..self }
+    }
+
+    /// Whether it keeps [`SNAPSHOT`].
+    pub fn has_snapshot(&self) -> bool {
+        self.content == Start::Snapshot
+    }
 }
 
 static SHAPES: &[Shape] = &[
-    alone("raw", "raw", &[], SMALL),
-    alone("vdi 4k", "vdi", &[("block_size", "4k")], SMALL),
-    alone("vdi 64k", "vdi", &[("block_size", "64k")], SMALL),
-    alone("vdi 256k", "vdi", &[("block_size", "256k")], MIDDLE),
-    alone("vdi fixed", "vdi", &[("variant", "fixed"), ("block_size", "16k")], SMALL),
-    child("vdi child", "vdi", &[("block_size", "8k")], "vdi"),
-    alone("vhd 4k", "vhd", &[("block_size", "4k"), ("force_size", "on")], SMALL),
-    alone("vhd 64k", "vhd", &[("block_size", "64k"), ("force_size", "on")], SMALL),
-    alone("vhd 256k", "vhd", &[("block_size", "256k"), ("force_size", "on")], MIDDLE),
-    alone("vhd fixed", "vhd", &[("subformat", "fixed"), ("force_size", "on")], SMALL),
-    child("vhd child", "vhd", &[("block_size", "16k"), ("force_size", "on")], "vhd"),
-    alone("vmdk 4k", "vmdk", &[("grain_size", "4096")], SMALL),
-    alone("vmdk 64k", "vmdk", &[("grain_size", "64k")], SMALL),
-    alone("vmdk zeroed grain", "vmdk", &[("grain_size", "8k"), ("zeroed_grain", "on")], SMALL),
-    alone("vmdk flat", "vmdk", &[("subformat", "monolithicFlat")], SMALL),
-    alone("vmdk split", "vmdk", &[("subformat", "twoGbMaxExtentSparse"), ("extent_size", "1M")], LARGE),
-    child("vmdk child", "vmdk", &[("grain_size", "8k")], "vmdk"),
-    alone("qcow2 512", "qcow2", &[("cluster_size", "512")], SMALL),
-    alone("qcow2 4k 1 bit", "qcow2", &[("cluster_size", "4k"), ("refcount_bits", "1")], SMALL),
-    alone("qcow2 4k 64 bit", "qcow2", &[("cluster_size", "4k"), ("refcount_bits", "64")], SMALL),
-    alone("qcow2 v2", "qcow2", &[("compat", "v2"), ("cluster_size", "4k")], SMALL),
-    alone("qcow2 64k lazy", "qcow2", &[("lazy_refcounts", "on")], MIDDLE),
-    alone("qcow2 extended", "qcow2", &[("extended_l2", "on"), ("cluster_size", "16k")], SMALL),
-    alone("qcow2 data file", "qcow2", &[("data_file", "disk.data"), ("cluster_size", "4k")], SMALL),
-    alone(
+    image("raw", "raw", &[], SMALL, 15),
+    image("raw large", "raw", &[], LARGE, 1),
+    image("vdi 4k", "vdi", &[("block_size", "4k")], SMALL, 32),
+    image("vdi fixed", "vdi", &[("variant", "fixed"), ("block_size", "16k")], SMALL, 4),
+    image("vdi child", "vdi", &[("block_size", "8k")], SMALL, 16).of(&["vdi"]),
+    image("vdi grandchild", "vdi", &[("block_size", "4k")], SMALL, 2).of(&["vdi", "vdi"]),
+    image("vdi 64k", "vdi", &[("block_size", "64k")], MIDDLE, 2),
+    image("vdi 256k", "vdi", &[("block_size", "256k")], LARGE, 1),
+    image("vhd 4k", "vhd", &[("block_size", "4k"), ("force_size", "on")], SMALL, 32),
+    image("vhd fixed", "vhd", &[("subformat", "fixed"), ("force_size", "on")], SMALL, 4),
+    image("vhd child", "vhd", &[("block_size", "16k"), ("force_size", "on")], SMALL, 16).of(&["vhd"]),
+    image("vhd grandchild", "vhd", &[("block_size", "4k"), ("force_size", "on")], SMALL, 2)
+        .of(&["vhd", "vhd"]),
+    image("vhd 64k", "vhd", &[("block_size", "64k"), ("force_size", "on")], MIDDLE, 2),
+    image("vhd 256k", "vhd", &[("block_size", "256k"), ("force_size", "on")], LARGE, 1),
+    image("vmdk 4k", "vmdk", &[("grain_size", "4096")], SMALL, 24),
+    image("vmdk zeroed grain", "vmdk", &[("grain_size", "8k"), ("zeroed_grain", "on")], SMALL, 12),
+    image("vmdk child", "vmdk", &[("grain_size", "8k")], SMALL, 12).of(&["vmdk"]),
+    image("vmdk flat", "vmdk", &[("subformat", "monolithicFlat")], SMALL, 4),
+    image("vmdk grandchild", "vmdk", &[("grain_size", "4096")], SMALL, 2).of(&["vmdk", "vmdk"]),
+    image("vmdk 64k", "vmdk", &[("grain_size", "64k")], MIDDLE, 2),
+    image("vmdk split", "vmdk", &[("subformat", "twoGbMaxExtentSparse"), ("extent_size", "1M")], SPLIT, 1),
+    image("vmdk split flat", "vmdk", &[("subformat", "twoGbMaxExtentFlat"), ("extent_size", "1M")], SPLIT, 1),
+    image("qcow2 512", "qcow2", &[("cluster_size", "512")], TINY, 12),
+    image("qcow2 4k", "qcow2", &[("cluster_size", "4k")], SMALL, 12),
+    image("qcow2 1k 1 bit", "qcow2", &[("cluster_size", "1k"), ("refcount_bits", "1")], SMALL, 4),
+    image("qcow2 1k 64 bit", "qcow2", &[("cluster_size", "1k"), ("refcount_bits", "64")], SMALL, 4),
+    image("qcow2 v2", "qcow2", &[("compat", "v2"), ("cluster_size", "2k")], SMALL, 4),
+    image("qcow2 lazy", "qcow2", &[("lazy_refcounts", "on"), ("cluster_size", "4k")], SMALL, 4),
+    image("qcow2 extended", "qcow2", &[("extended_l2", "on"), ("cluster_size", "16k")], SMALL, 8),
+    image("qcow2 child", "qcow2", &[("cluster_size", "4k")], SMALL, 8).of(&["raw"]),
+    image("qcow2 extended child", "qcow2", &[("extended_l2", "on"), ("cluster_size", "16k")], SMALL, 4)
+        .of(&["qcow2"]),
+    image("qcow2 snapshot", "qcow2", &[("cluster_size", "2k")], SMALL, 6).with(Start::Snapshot),
+    image("qcow2 compressed", "qcow2", &[("cluster_size", "4k")], SMALL, 4).with(Start::Compressed),
+    image("qcow2 data file", "qcow2", &[("data_file", "disk.data"), ("cluster_size", "4k")], SMALL, 3),
+    image(
         "qcow2 raw data file",
         "qcow2",
         &[("data_file", "disk.data"), ("data_file_raw", "on"), ("cluster_size", "4k")],
         SMALL,
+        3,
     ),
-    child("qcow2 child", "qcow2", &[("cluster_size", "8k")], "raw"),
-    child("qcow2 extended child", "qcow2", &[("extended_l2", "on"), ("cluster_size", "16k")], "qcow2"),
+    image("qcow2 grandchild", "qcow2", &[("cluster_size", "1k")], SMALL, 2).of(&["raw", "qcow2"]),
+    image("qcow2 zstd", "qcow2", &[("compression_type", "zstd"), ("cluster_size", "8k")], SMALL, 1)
+        .with(Start::Compressed),
+    image("qcow2 64k", "qcow2", &[], MIDDLE, 1),
+    image("qcow2 64k lazy", "qcow2", &[("lazy_refcounts", "on")], LARGE, 1),
 ];
 
-/// The shapes of a format.
-pub fn of(format: &str) -> Vec<&'static Shape> {
-    SHAPES.iter().filter(|shape| shape.format == format).collect()
-}
-
-/// What a fresh copy of the shape shows: data of the parent, if it has one, and some of its own.
-pub fn data(shape: &Shape, size: u64) -> Vec<(u64, Vec<u8>)> {
-    let noise = |seed: u64, len: u64| vellum_tests::disks::noise(seed, len as usize);
-    let mut data = Vec::new();
-    if shape.parent.is_some() {
-        data.push((0, noise(1, shape.size * 3 / 4)));
+/// The shape of `format` that a byte of the input stands for.
+pub fn choose(format: &str, byte: u8) -> &'static Shape {
+    let all = || SHAPES.iter().filter(|shape| shape.format == format);
+    let turns: usize = all().map(|shape| usize::from(shape.weight)).sum();
+    let mut turn = usize::from(byte) % turns;
+    for shape in all() {
+        match turn.checked_sub(shape.weight.into()) {
+            None => return shape,
+            Some(left) => turn = left,
+        }
     }
-    data.push((8 * KIB + 512, noise(2, 20 * KIB)));
-    data.push((100 * KIB, noise(3, 4 * KIB)));
-    data.push((size - 512, noise(4, 512)));
-    data
+    unreachable!("{format} has no shape")
 }
 
-/// A file without its zeros: length, and runs of pages by offset.
-struct Kept {
-    path: String,
-    len: u64,
-    runs: Vec<(u64, Vec<u8>)>,
+/// The shape, made once in this process.
+pub fn made(shape: &'static Shape) -> Arc<Made> {
+    static MADE: Mutex<Option<HashMap<&'static str, Arc<Made>>>> = Mutex::new(None);
+    let mut made = MADE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let made = made.get_or_insert_default();
+    made.entry(shape.name).or_insert_with(|| Arc::new(Maker::new(shape).make())).clone()
 }
 
-impl Kept {
-    fn new(path: String, bytes: &[u8]) -> Self {
-        let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
-        for (number, page) in
-            bytes.chunks(PAGE).enumerate().filter(|(_, page)| page.iter().any(|byte| *byte != 0))
-        {
-            let at = (number * PAGE) as u64;
-            match runs.last_mut() {
-                Some((start, run)) if *start + run.len() as u64 == at => run.extend_from_slice(page),
-                _ => runs.push((at, page.to_vec())),
+/// What is written into each image of a chain, in pieces: offset, length, which data.
+fn pieces(size: u64, layer: usize) -> Vec<(u64, u64, u8)> {
+    let own = layer as u8 + 2;
+    match layer {
+        // The base holds most of the disk.
+        0 => vec![(0, size * 3 / 4, 1)],
+        _ => vec![(4 * KIB + 512, size / 6, own), (size * 5 / 8, 4 * KIB, own), (size - 512, 512, own)],
+    }
+}
+
+struct Maker {
+    shape: &'static Shape,
+    files: Arc<MemoryFiles>,
+    vellum: Vellum,
+    disk: Vec<u8>,
+}
+
+impl Maker {
+    fn new(shape: &'static Shape) -> Self {
+        let files = MemoryFiles::new();
+        Maker { shape, vellum: Vellum::new(files.clone()), files, disk: vec![0; shape.size as usize] }
+    }
+
+    fn make(mut self) -> Made {
+        for (layer, format) in self.shape.parents.iter().enumerate() {
+            let name = format!("{PARENTS}{layer}.img");
+            self.create(layer, &name, format, &[]);
+            self.fill(layer, &name, format);
+        }
+        let (own, format) = (self.shape.parents.len(), self.shape.format);
+        match self.shape.content {
+            Start::Compressed => self.compress(own),
+            _ => {
+                self.create(own, NAME, format, self.shape.options);
+                self.fill(own.max(1), NAME, format);
             }
         }
-        Kept { path, len: bytes.len() as u64, runs }
-    }
-}
-
-/// Fresh files of the shape.
-pub fn files(shape: &'static Shape) -> Arc<MemoryFiles> {
-    thread_local! {
-        static MADE: RefCell<HashMap<&'static str, Vec<Kept>>> = RefCell::default();
-    }
-    let files = MemoryFiles::new();
-    MADE.with_borrow_mut(|made| {
-        for kept in made.entry(shape.name).or_insert_with(|| make(shape)) {
-            let file = files.put(&kept.path, &[]);
-            for (at, run) in &kept.runs {
-                file.write_at(Buf::copy_of(run), *at, WriteFlags::default()).wait().1.expect("memory");
-            }
-            file.set_len(kept.len, Preallocate::Off).wait().expect("memory");
+        if self.shape.has_snapshot() {
+            let options = open_options(format);
+            self.vellum.create_snapshot(NAME, &options, SNAPSHOT).expect("making the snapshot");
         }
-    });
-    files
+        let mut paths = self.files.paths();
+        paths.sort_by_key(|path| path != NAME);
+        let content = |path: String| {
+            let bytes = self.files.get(&path).expect("it is there").to_vec();
+            (path, Content::of(&bytes))
+        };
+        let files = paths.into_iter().map(content).collect();
+        let options = ChainOptions { write: WriteAccess::No, ..open_options(format) };
+        let (disk, images) = self.vellum.open(NAME, &options).expect("opening a new image");
+        // Formats may round sizes.
+        self.disk.resize(disk.size() as usize, 0);
+        let block = images.iter().map(|image| image.layer.image.info().block_size).max().unwrap_or(0);
+        Made { files, disk: self.disk, few_tables_bytes: 4 * block.clamp(512, 64 * KIB) as usize }
+    }
+
+    fn create(&self, layer: usize, name: &str, format: &str, options: Options) {
+        let mut request = CreateDiskRequest {
+            target: name.into(),
+            format: format.into(),
+            virtual_size: self.shape.size,
+            reproducible: true,
+            ..CreateDiskRequest::default()
+        };
+        request.options = options.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+        if format == "vhd" && options.is_empty() {
+            request.options = vec![("force_size".into(), "on".into())];
+        }
+        if let Some(parent) = layer.checked_sub(1).and_then(|below| self.shape.parents.get(below)) {
+            let options = ChainOptions { write: WriteAccess::No, ..open_options(parent) };
+            request.parent = Some(ParentRequest { place: format!("{PARENTS}{}.img", layer - 1), options });
+        }
+        self.vellum.create(&request).unwrap_or_else(|error| panic!("{}: {error:?}", self.shape.name));
+    }
+
+    fn fill(&mut self, layer: usize, name: &str, format: &str) {
+        let (disk, _) = self.vellum.open(name, &open_options(format)).expect("opening a new image");
+        for (at, len, which) in pieces(self.shape.size, layer) {
+            let mut buf = Buf::zeroed(len as usize);
+            data::fill(&mut buf, at, which);
+            self.disk[at as usize..(at + len) as usize].copy_from_slice(&buf);
+            disk.write(buf, at, WriteFlags::default()).wait().1.expect("writing a new image");
+        }
+        disk.close().wait().expect("closing a new image");
+    }
+
+    fn compress(&mut self, layer: usize) {
+        self.create(layer, "source", "raw", &[]);
+        self.fill(0, "source", "raw");
+        // Noise does not become smaller.
+        let (disk, _) = self.vellum.open("source", &open_options("raw")).expect("opening the source");
+        for (at, byte) in (0..self.shape.size / 2).step_by(1536).zip(1..) {
+            self.disk[at as usize..at as usize + 1400].fill(byte);
+            let buf = Buf::copy_of(&self.disk[at as usize..at as usize + 1400]);
+            disk.write(buf, at, WriteFlags::default()).wait().1.expect("writing the source");
+        }
+        disk.close().wait().expect("closing the source");
+        let mut request = ConvertRequest::new("source", NAME, self.shape.format);
+        request.source_options.format = Some("raw".into());
+        request.options =
+            self.shape.options.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+        (request.compress, request.reproducible, request.threads) = (true, true, Some(1));
+        self.vellum.convert(&request, &Quiet).expect("compressing");
+        self.vellum.resolver().delete(&"source".into()).wait().expect("it is there");
+    }
 }
 
-fn make(shape: &Shape) -> Vec<Kept> {
-    let files = MemoryFiles::new();
-    let vellum = Vellum::new(files.clone());
-    let options = |write| ChainOptions {
-        write,
+fn open_options(format: &str) -> ChainOptions {
+    ChainOptions {
+        format: Some(format.into()),
+        write: WriteAccess::Yes,
         providers: Some(Providers::seeded(2, 1_600_000_000)),
         probe_parents: true,
         ..ChainOptions::default()
-    };
-    let request = |target: &str, format: &str, size| CreateDiskRequest {
-        target: target.into(),
-        format: format.into(),
-        virtual_size: size,
-        reproducible: true,
-        ..CreateDiskRequest::default()
-    };
-    let fill = |target: &str, format: &str, data: &[(u64, Vec<u8>)]| {
-        let options = ChainOptions { format: Some(format.into()), ..options(WriteAccess::Yes) };
-        let (disk, _) = vellum.open(target, &options).expect("opening a new image");
-        for (at, bytes) in data {
-            let written = disk.write(Buf::copy_of(bytes), *at, WriteFlags::default()).wait().1;
-            written.expect("writing a new image");
-        }
-        disk.close().wait().expect("closing a new image");
-        disk.size()
-    };
-    let mut create = request(NAME, shape.format, shape.size);
-    create.options = shape.options.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
-    if let Some(format) = shape.parent {
-        let mut parent = request(PARENT, format, shape.size);
-        if format == "vhd" {
-            parent.options = vec![("force_size".into(), "on".into())];
-        }
-        vellum.create(&parent).expect("making the parent");
-        fill(PARENT, format, &data(shape, shape.size)[..1]);
-        let options = ChainOptions { format: Some(format.into()), ..options(WriteAccess::No) };
-        create.parent = Some(ParentRequest { place: PARENT.into(), options });
     }
-    vellum.create(&create).unwrap_or_else(|error| panic!("{}: {error:?}", shape.name));
-    let own = usize::from(shape.parent.is_some());
-    let size = fill(NAME, shape.format, &[]);
-    fill(NAME, shape.format, &data(shape, size)[own..]);
-    let bytes = |path: &str| files.get(path).expect("it is there").to_vec();
-    files.paths().into_iter().map(|path| Kept::new(path.clone(), &bytes(&path))).collect()
 }
 
 /// Puts the checksums of a format that has some right, so that mutations get past them.
-pub fn seal(shape: &Shape, files: &Arc<MemoryFiles>) {
+pub fn seal(shape: &Shape, files: &Files) {
     if shape.format != "vhd" {
         return;
     }
-    for path in files.paths() {
-        let Some(file) = files.get(&path) else { continue };
-        let bytes = file.to_vec();
-        let sealed = vellum_tests::corpus::seal_vhd(Sparse::default().put(0, &bytes));
-        let sealed = sealed.read(0, bytes.len());
-        let _ = file.write_at(Buf::copy_of(&sealed), 0, WriteFlags::default()).wait();
+    for file in files.list() {
+        let mut content = file.content();
+        let len = content.len();
+        if len < 512 {
+            continue;
+        }
+        let mut header = [0; 8];
+        content.read(&mut header, 16);
+        let header = u64::from_be_bytes(header);
+        sum(&mut content, 0, 512, 64);
+        sum(&mut content, len - 512, 512, 64);
+        if header.checked_add(1024).is_some_and(|end| end <= len) {
+            sum(&mut content, header, 1024, 36);
+        }
+        file.set_content(content);
     }
+}
+
+/// The one's complement of the sum of all bytes but those of the checksum itself.
+fn sum(content: &mut Content, at: u64, len: usize, field: usize) {
+    let mut bytes = [0; 1024];
+    content.read(&mut bytes[..len], at);
+    bytes[field..field + 4].fill(0);
+    let sum: u32 = bytes[..len].iter().map(|byte| u32::from(*byte)).sum();
+    content.write(&(!sum).to_be_bytes(), at + field as u64);
 }
