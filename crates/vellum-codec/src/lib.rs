@@ -18,7 +18,7 @@ pub const DEFLATE_LEVEL_DEFAULT: i32 = 1;
 pub const ZLIB_LEVEL_DEFAULT: i32 = 3;
 /// Levels that deflate and zlib take (libdeflate's scale).
 pub const DEFLATE_LEVELS: std::ops::RangeInclusive<i32> = 1..=12;
-/// Level of zstd when none is asked for.
+/// Level of zstd when none is asked for: QEMU's, so that results are as small as its.
 pub const ZSTD_LEVEL_DEFAULT: i32 = 3;
 /// Levels that zstd takes.
 pub const ZSTD_LEVELS: std::ops::RangeInclusive<i32> = 1..=19;

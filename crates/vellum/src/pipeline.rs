@@ -4,13 +4,16 @@
 //! order, which is what makes the result independent of the threads' luck:
 //!
 //! ```text
-//!   scan.next()  ->  read + decode  ->  find zeroes, encode  ->  wait for the turn: place  ->  write
+//!   scan.next()  ->  read + decode  ->  find zeroes, encode  ->  in turn: place  ->  write
 //! ```
+//!
+//! Encoded chunks whose turn has not come are left to the thread that brings the one before them, so that nobody waits
+//! for a slower neighbour while there is something to encode.
 
 use crate::scan::{Chunk, Scan};
 use crate::{Control, Progress};
 use parking_lot::{Condvar, Mutex};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -65,6 +68,21 @@ pub(crate) struct Pipeline<'a> {
 struct Turn {
     next: u64,
     writer: Box<dyn ImageWriter>,
+    /// Encoded chunks that came before their turn.
+    early: BTreeMap<u64, Encoded>,
+}
+
+/// A chunk whose blocks are encoded and have no place yet.
+struct Encoded {
+    chunk: Chunk,
+    blocks: Vec<EncodedBlock>,
+}
+
+/// A chunk whose blocks have places: what is to be written, and what a resumed job repeats.
+struct PlacedChunk {
+    chunk: Chunk,
+    parts: Vec<MetaWrite>,
+    placed: Vec<Placed>,
 }
 
 /// Chunks that are written, and what was placed for them, until a checkpoint takes it.
@@ -108,7 +126,7 @@ impl<'a> Pipeline<'a> {
             sparse_bytes: plan.sparse_bytes,
             share: plan.share,
             progress: plan.progress,
-            turn: Mutex::new(Turn { next: 0, writer: plan.writer }),
+            turn: Mutex::new(Turn { next: 0, writer: plan.writer, early: BTreeMap::new() }),
             turned: Condvar::new(),
             done: Mutex::default(),
             stop: AtomicBool::new(false),
@@ -195,32 +213,35 @@ impl<'a> Pipeline<'a> {
         if buf.capacity() < whole_blocks {
             buf = self.pool.take(whole_blocks);
         }
-        let shared = self.shape.codec.is_none() && self.share && only_raw(&chunk.pieces);
-        let (buf, placed) = match (&self.shape.codec, shared) {
-            (None, true) => self.share_chunk(buf, &chunk)?,
-            (None, false) => self.copy_chunk(buf, &chunk)?,
-            (Some(_), _) => self.encode_chunk(buf, &chunk, whole_blocks)?,
-        };
-        self.finish_chunk(&chunk, placed);
-        let moved = self.moved.fetch_add(len as u64, Ordering::Relaxed) + len as u64;
-        if self.progress.advance(chunk.range.end, moved) == Control::Stop {
-            return Err(stopped());
+        if self.shape.codec.is_some() {
+            return self.encode_chunk(buf, chunk, whole_blocks).map(Some);
         }
+        let (buf, placed) = match self.share && only_raw(&chunk.pieces) {
+            true => self.share_chunk(buf, &chunk)?,
+            false => self.copy_chunk(buf, &chunk)?,
+        };
+        self.finish_chunk(&chunk, placed)?;
         Ok(Some(buf))
     }
 
-    fn finish_chunk(&self, chunk: &Chunk, placed: Vec<Placed>) {
-        if !self.keep_log {
-            return;
+    /// Reports a chunk that is written.
+    fn finish_chunk(&self, chunk: &Chunk, placed: Vec<Placed>) -> Result<()> {
+        if self.keep_log {
+            let mut done = self.done.lock();
+            done.log.insert(chunk.sequence, (chunk.range.end, placed));
+            done.finished.insert(chunk.sequence, ());
+            while let Some((first, ())) = done.finished.first_key_value()
+                && *first == done.next
+            {
+                done.finished.pop_first();
+                done.next += 1;
+            }
         }
-        let mut done = self.done.lock();
-        done.log.insert(chunk.sequence, (chunk.range.end, placed));
-        done.finished.insert(chunk.sequence, ());
-        while let Some((first, ())) = done.finished.first_key_value()
-            && *first == done.next
-        {
-            done.finished.pop_first();
-            done.next += 1;
+        let len = chunk.range.end - chunk.range.start;
+        let moved = self.moved.fetch_add(len, Ordering::Relaxed) + len;
+        match self.progress.advance(chunk.range.end, moved) {
+            Control::Stop => Err(stopped()),
+            Control::Continue => Ok(()),
         }
     }
 
@@ -410,27 +431,43 @@ impl<'a> Pipeline<'a> {
 
     // Encoded blocks.
 
-    fn encode_chunk(&self, buf: Buf, chunk: &Chunk, whole_blocks: usize) -> Result<(Buf, Vec<Placed>)> {
-        let mut buf = self.read(buf, chunk)?;
+    /// Reads and encodes a chunk, then places and writes it and those behind it that were waiting for it.
+    fn encode_chunk(&self, buf: Buf, chunk: Chunk, whole_blocks: usize) -> Result<Buf> {
+        let mut buf = self.read(buf, &chunk)?;
         let len = buf.len();
         buf.set_window(0..whole_blocks);
         // A last block that the disk does not fill is encoded with zeros behind it.
         buf[len..].fill(0);
-        let blocks = self.encode_blocks(&buf, chunk)?;
-        let (parts, placed) = self.in_turn(chunk, |writer| {
-            let (mut parts, mut placed, mut metadata) = (Vec::new(), Vec::new(), Vec::new());
-            for block in blocks {
-                let len = block.bytes.len();
-                let payload = if block.plain { Payload::Data } else { Payload::Encoded { len } };
-                let place = writer.place(block.block, payload, &mut metadata)?;
-                parts.push(MetaWrite { storage: place.storage, offset: place.offset, bytes: block.bytes });
-                placed.push(Placed { block: block.block, payload });
+        let blocks = self.encode_blocks(&buf, &chunk)?;
+        for placed in self.place_encoded(Encoded { chunk, blocks })? {
+            self.write_joined(placed.parts)?;
+            self.finish_chunk(&placed.chunk, placed.placed)?;
+        }
+        Ok(buf)
+    }
+
+    /// Places every chunk whose turn has come. Waits only where too many are early: then another thread has the chunk
+    /// that they wait for, and will place them all.
+    fn place_encoded(&self, encoded: Encoded) -> Result<Vec<PlacedChunk>> {
+        let mut ready = Vec::new();
+        let mut turn = self.turn.lock();
+        turn.early.insert(encoded.chunk.sequence, encoded);
+        loop {
+            let next = turn.next;
+            let Some(encoded) = turn.early.remove(&next) else { break };
+            ready.push(place_blocks(turn.writer.as_mut(), encoded)?);
+            turn.next += 1;
+        }
+        if !ready.is_empty() {
+            self.turned.notify_all();
+        }
+        while turn.early.len() > EARLY_CHUNKS_A_THREAD * self.threads {
+            if self.is_stopping() {
+                return Err(stopped());
             }
-            parts.extend(metadata);
-            Ok((parts, placed))
-        })?;
-        self.write_joined(parts)?;
-        Ok((buf, placed))
+            self.turned.wait(&mut turn);
+        }
+        Ok(ready)
     }
 
     fn encode_blocks(&self, content: &[u8], chunk: &Chunk) -> Result<Vec<EncodedBlock>> {
@@ -455,38 +492,67 @@ impl<'a> Pipeline<'a> {
     /// Writes `parts`, neighbours (and what lies in the same sector) together.
     fn write_joined(&self, mut parts: Vec<MetaWrite>) -> Result<()> {
         parts.sort_unstable_by_key(|part| (part.storage, part.offset));
-        let mut rest: VecDeque<MetaWrite> = parts.into();
-        while let Some(first) = rest.pop_front() {
-            let (storage, offset) = (first.storage, first.offset);
-            let mut joined = first.bytes;
-            while let Some(next) = rest.front() {
-                let end = offset + joined.len() as u64;
-                // Less than a sector between them is padding that belongs to nobody.
-                let near = next.storage == storage && next.offset >= end && next.offset - end < 512;
-                if !near || joined.len() >= 4 << 20 {
-                    break;
-                }
-                joined.resize((next.offset - offset) as usize, 0);
-                if let Some(next) = rest.pop_front() {
-                    joined.extend_from_slice(&next.bytes);
-                }
+        let mut rest = parts.as_slice();
+        while let Some(first) = rest.first() {
+            let (now, later) = rest.split_at(joinable(rest));
+            rest = later;
+            let place = |part: &MetaWrite| (part.offset - first.offset) as usize;
+            let len = now.last().map_or(0, |last| place(last) + last.bytes.len());
+            let mut buf = self.pool.take(len);
+            let mut filled = 0;
+            for part in now {
+                let (from, to) = (place(part), place(part) + part.bytes.len());
+                buf[filled..from].fill(0);
+                buf[from..to].copy_from_slice(&part.bytes);
+                filled = to;
             }
-            let mut buf = self.pool.take(joined.len());
-            buf.copy_from_slice(&joined);
-            let target = self.storage(storage)?;
-            let result = target.write_at(buf, offset, WriteFlags::default()).wait().1;
+            let target = self.storage(first.storage)?;
+            let result = target.write_at(buf, first.offset, WriteFlags::default()).wait().1;
             result.map_err(|e| e.context("writing compressed blocks"))?;
-            start_writeback(target.as_ref(), offset..offset + joined.len() as u64);
+            start_writeback(target.as_ref(), first.offset..first.offset + len as u64);
         }
         Ok(())
     }
 }
+
+/// How many of the first parts, which are sorted, make one write: less than a sector between them is padding that
+/// belongs to nobody.
+fn joinable(parts: &[MetaWrite]) -> usize {
+    let end = |part: &MetaWrite| part.offset + part.bytes.len() as u64;
+    let apart = parts.windows(2).position(|pair| {
+        let near = pair[1].storage == pair[0].storage
+            && pair[1].offset >= end(&pair[0])
+            && pair[1].offset - end(&pair[0]) < 512;
+        !near || end(&pair[0]) - parts[0].offset >= JOINED_BYTES
+    });
+    apart.map_or(parts.len(), |last| last + 1)
+}
+
+/// Parts are joined until they are this long.
+const JOINED_BYTES: u64 = 4 << 20;
+
+/// How many encoded chunks may wait for their turn, by the number of threads.
+const EARLY_CHUNKS_A_THREAD: usize = 2;
 
 /// Lets the host begin with what is large enough to be worth it: the flush at the end is then short.
 fn start_writeback(storage: &dyn Storage, range: Range<u64>) {
     if range.end - range.start >= 64 << 10 {
         storage.start_writeback(range);
     }
+}
+
+/// Gives every block of a chunk its place.
+fn place_blocks(writer: &mut dyn ImageWriter, encoded: Encoded) -> Result<PlacedChunk> {
+    let (mut parts, mut placed, mut metadata) = (Vec::new(), Vec::new(), Vec::new());
+    for block in encoded.blocks {
+        let len = block.bytes.len();
+        let payload = if block.plain { Payload::Data } else { Payload::Encoded { len } };
+        let place = writer.place(block.block, payload, &mut metadata)?;
+        parts.push(MetaWrite { storage: place.storage, offset: place.offset, bytes: block.bytes });
+        placed.push(Placed { block: block.block, payload });
+    }
+    parts.extend(metadata);
+    Ok(PlacedChunk { chunk: encoded.chunk, parts, placed })
 }
 
 fn stopped() -> Error {
