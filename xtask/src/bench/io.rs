@@ -217,7 +217,8 @@ impl Rows {
         let mut text = String::from(match self.pieces {
             Pieces::Pages => "",
             Pieces::Readahead => {
-                "\nWrites where the page cache holds the images in the pieces of readahead, up to 2 MiB:\n\n"
+                "\nWrites where the page cache holds the images in the pieces of readahead, up to 2 MiB. Which image got the larger ones is chance: this compares the\n\
+                 two programs, not the images:\n\n"
             }
         });
         text.push_str(
