@@ -48,6 +48,9 @@ pub struct BenchArgs {
     /// Order of the offsets
     #[arg(long, value_enum, default_value_t = OrderChoice::Random, value_name = "ORDER")]
     order: OrderChoice,
+    /// Instead of an order: every so many bytes, and past the end from the beginning on, as qemu-img bench -S
+    #[arg(long, value_name = "SIZE", value_parser = size_argument, conflicts_with = "order")]
+    stride: Option<u64>,
     /// Bytes of a request
     #[arg(short, long, value_name = "SIZE", default_value = "4K", value_parser = block_size)]
     block_size: u64,
@@ -154,7 +157,7 @@ pub fn run(args: &BenchArgs, terminal: &Terminal) -> Result<(), Failure> {
         format: images.first().map(|image| image.format.name()),
         virtual_size: disk.size(),
         operation: if args.write { "write" } else { "read" },
-        order: args.order.name(),
+        order: args.order_name(),
         driver: driver_name(driver),
         block_size: args.block_size,
         depth: args.depth,
@@ -183,9 +186,10 @@ fn measure(
     meter: &Meter,
 ) -> Result<BenchReport, Error> {
     let request = BenchRequest {
-        order: match args.order {
-            OrderChoice::Random => BenchOrder::Random,
-            OrderChoice::Sequential => BenchOrder::Sequential,
+        order: match (args.stride, args.order) {
+            (Some(stride), _) => BenchOrder::Stride(stride),
+            (None, OrderChoice::Random) => BenchOrder::Random,
+            (None, OrderChoice::Sequential) => BenchOrder::Sequential,
         },
         write: args.write,
         block_bytes: args.block_size,
@@ -253,7 +257,7 @@ fn write_report(
         out,
         "{}: {} {operation} of {}, depth {depth}, {threads} {}, {}",
         style.title(&clean(&args.image)),
-        args.order.name(),
+        args.order_name(),
         size(args.block_size),
         if threads == 1 { "thread" } else { "threads" },
         driver_name(driver),
@@ -285,11 +289,12 @@ fn write_report(
     Ok(())
 }
 
-impl OrderChoice {
-    fn name(self) -> &'static str {
-        match self {
-            OrderChoice::Random => "random",
-            OrderChoice::Sequential => "sequential",
+impl BenchArgs {
+    fn order_name(&self) -> &'static str {
+        match (self.stride, self.order) {
+            (Some(_), _) => "stride",
+            (None, OrderChoice::Random) => "random",
+            (None, OrderChoice::Sequential) => "sequential",
         }
     }
 }

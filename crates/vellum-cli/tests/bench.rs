@@ -59,3 +59,30 @@ fn a_span_keeps_the_rest_untouched_and_a_time_is_kept() {
     let after = dir.read("a");
     assert!(after[1 << 20..] == before[1 << 20..] && after[..1 << 20] != before[..1 << 20]);
 }
+
+/// As `qemu-img bench -S` goes: every block once before one comes again, if the stride is odd in blocks.
+#[test]
+fn a_stride_visits_what_it_says() {
+    let dir = Dir::new();
+    let touched = |stride: &str, requests: &str, threads: &str| -> Vec<usize> {
+        dir.vellum(&["create", "-q", "--force", "-O", "raw", "a", "1M"]).exits(0);
+        let stride = ["--stride", stride, "-n", requests, "--threads", threads];
+        let report = dir
+            .vellum(&[&["bench", "--json", "-f", "raw", "-w", "--force", "a"], &stride[..]].concat())
+            .json();
+        assert_eq!(report["order"], "stride");
+        let blocks = dir.read("a");
+        (0..256).filter(|block| blocks[block * 4096..][..4096].iter().any(|byte| *byte != 0)).collect()
+    };
+    assert_eq!(touched("12K", "256", "1"), (0..256).collect::<Vec<_>>());
+    assert_eq!(touched("12K", "4", "1"), [0, 3, 6, 9]);
+    assert_eq!(touched("8K", "1000", "1"), (0..256).step_by(2).collect::<Vec<_>>());
+    // Past the end from the beginning on, however long the stride is.
+    assert_eq!(touched("1020K", "3", "1"), [0, 254, 255]);
+    assert_eq!(touched("5M", "100", "1"), [0]);
+    assert_eq!(touched("4K", "4", "2"), [0, 1, 128, 129]);
+    for bad in ["2000", "0"] {
+        dir.vellum(&["bench", "-f", "raw", "--stride", bad, "-n", "1", "a"]).exits(2).says("multiple");
+    }
+    dir.vellum(&["bench", "-f", "raw", "--stride", "8K", "--order", "random", "-n", "1", "a"]).exits(2);
+}

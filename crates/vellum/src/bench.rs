@@ -15,6 +15,9 @@ pub enum BenchOrder {
     Random,
     /// One after the other, from the beginning again at the end. Each thread has a part of the disk.
     Sequential,
+    /// Every so many bytes, a multiple of the block, and past the end from the beginning on. The threads begin at
+    /// different places.
+    Stride(u64),
 }
 
 /// When to stop.
@@ -125,6 +128,13 @@ impl Vellum {
                 .found(format!("{span} bytes"))
                 .hint("choose smaller blocks or a larger disk"));
         }
+        if let BenchOrder::Stride(stride) = request.order
+            && (stride == 0 || !stride.is_multiple_of(request.block_bytes))
+        {
+            return Err(Error::new(Code::Usage, "the stride is not a multiple of the block")
+                .found(format!("{stride} bytes"))
+                .allowed(format!("a multiple of {} bytes", request.block_bytes)));
+        }
         let total = match request.limit {
             BenchLimit::After(time) => time.as_millis() as u64,
             BenchLimit::Requests(count) => count.saturating_mul(request.block_bytes),
@@ -178,6 +188,7 @@ fn first_write(disk: &Disk, request: &BenchRequest) -> Result<Duration> {
 /// What one thread does.
 struct Share {
     blocks: Range<u64>,
+    first: u64,
     requests: u64,
     seed: u64,
 }
@@ -189,14 +200,20 @@ impl Share {
             cut(number)..cut(number + 1)
         };
         let mine = match request.order {
-            BenchOrder::Random => 0..blocks,
+            BenchOrder::Random | BenchOrder::Stride(_) => 0..blocks,
             BenchOrder::Sequential => part(blocks),
         };
+        let first = part(blocks).start;
         let requests = match request.limit {
             BenchLimit::After(_) => u64::MAX,
             BenchLimit::Requests(count) => part(count).end - part(count).start,
         };
-        Share { blocks: mine, requests, seed: request.seed.wrapping_add(number.wrapping_mul(0x9e37_79b9)) }
+        Share {
+            blocks: mine,
+            first,
+            requests,
+            seed: request.seed.wrapping_add(number.wrapping_mul(0x9e37_79b9)),
+        }
     }
 }
 
@@ -234,7 +251,7 @@ struct Worker<'a> {
 
 impl<'a> Worker<'a> {
     fn new(disk: &'a Disk, request: &'a BenchRequest, share: Share, shown: Shown<'a>) -> Self {
-        let (next, state) = (share.blocks.start, share.seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1);
+        let (next, state) = (share.first, share.seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1);
         let (part, answers) = (Part::default(), channel());
         let (issued, reported, since_flush, now) = (0, 0, 0, Instant::now());
         Worker { disk, request, share, shown, part, now, next, issued, reported, since_flush, state, answers }
@@ -314,6 +331,11 @@ impl<'a> Worker<'a> {
             BenchOrder::Sequential => {
                 let at = self.next;
                 self.next = if at + 1 < blocks.end { at + 1 } else { blocks.start };
+                at
+            }
+            BenchOrder::Stride(stride) => {
+                let (at, step) = (self.next, stride / self.request.block_bytes % blocks.end);
+                self.next = (at + step) % blocks.end;
                 at
             }
         }

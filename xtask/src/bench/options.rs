@@ -10,7 +10,7 @@ Usage: cargo xtask bench convert|reflink|empty|io|channel|disk [options]
   convert   a disk with real files through all pairs of formats, beside qemu-img
   reflink   uncompressed pairs on btrfs and XFS, where blocks can be shared (needs root)
   empty     create, info, map and convert of empty 64 TiB disks
-  io        random 4 KiB reads and writes inside images, beside qemu-img bench
+  io        scattered 4 KiB reads and writes inside images, beside qemu-img bench
   channel   throughput and round trips of channels, beside raw Tokio, rustls and socat
   disk      only build the disk that the others convert
 
