@@ -19,6 +19,10 @@ pub(super) const SLICES_MAX: usize = 1024;
 /// Bytes that the kernel transfers in one call at most (`MAX_RW_COUNT`, less than this by a page).
 const TRANSFER_MAX: usize = 0x7fff_0000;
 
+/// A read of that many bytes is mostly followed by more: the next one asks the kernel again rather than sleep, which costs
+/// far less than to be woken.
+const MUCH: usize = 16 << 10;
+
 /// Reads with at most this room do not ask whether descriptors came along: that costs a few per cent of a round trip of
 /// small messages. Who has so little room mostly knows what comes and fills it, and then the answer is of no use; if not,
 /// [`is_drained`] is "unknown", and the next read finds the socket empty.
@@ -75,11 +79,11 @@ pub(super) fn receive_uninit(fd: BorrowedFd<'_>, kind: Kind, room: &mut [MaybeUn
 
 /// Whether a read of `bytes` where there was room for more proves that the socket was empty.
 ///
-/// On TCP sockets it does. On Unix sockets the kernel also ends a read behind a message that carries descriptors or
+/// On TCP sockets it does, unless it brought [`MUCH`]. On Unix sockets the kernel also ends a read behind a message that carries descriptors or
 /// credentials: it does unless there were some, which `is_whole` excludes. Of vsock nothing is known: it depends on what
 /// is below.
 fn is_drained(kind: Kind, bytes: usize, room: usize, is_whole: bool) -> bool {
-    0 < bytes && bytes < room.min(TRANSFER_MAX) && is_whole && kind != Kind::Vsock
+    0 < bytes && bytes < room.min(MUCH) && is_whole && kind != Kind::Vsock
 }
 
 fn receive_with(
