@@ -1,55 +1,37 @@
-//! `cargo xtask bench channel`: throughput and round trips of channels beside raw Tokio streams, rustls and `socat`.
+//! `cargo xtask bench channel`: throughput and round trips of channels beside raw Tokio streams, rustls, OpenSSL and `socat`.
 //!
-//! Both ends are tasks of one process with two threads, except for the relays, which are processes in the middle.
-//! Contenders take turns; medians are compared.
+//! For throughput each end has a thread, a processor and an executor of its own: where two tasks share an executor of two
+//! threads, it is chance whether they also share a processor, and that makes more of a difference than anything that is
+//! measured here. For round trips both ends share one thread, so that no wake-up across processors hides what a channel
+//! costs. The relays are processes in the middle. Contenders take turns. What is compared is the mean of the middle half of all
+//! samples: the speed of a connection over the loopback device jumps between two or three values, and so would a median.
+
+mod ends;
+mod openssl;
+mod relay;
+mod setup;
+mod streams;
 
 use super::host;
-use super::measure::{check_interrupt, median};
+use super::measure::check_interrupt;
 use super::options::Options;
 use super::report::{facts, number, write_section};
 use super::{Result, tools};
+use ends::Kind;
+use setup::TlsSetup;
 use std::fmt::Write as _;
-use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use std::sync::mpsc;
+use std::time::Instant;
 use tokio::runtime::{Builder, Runtime};
-use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
-use vellum_channel::{
-    Pem, Socket, TlsClient, TlsClientOptions, TlsIdentity, TlsServer, TlsServerOptions, WebSocket,
-    WebSocketOptions,
-};
 
-/// Bytes of one write, and of one WebSocket message.
-const BLOCK: usize = 256 << 10;
-/// Bytes of one run, where nothing is computed and where everything is encrypted or masked.
-const PLAIN_BYTES: u64 = 3 << 30;
-const WORKED_BYTES: u64 = 1 << 30;
-const PING: usize = 64;
-const PINGS: u32 = 20_000;
-const HANDSHAKES: u32 = 400;
-
-/// Any stream: raw ones and channels go through the same code.
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
-type End = Box<dyn Stream>;
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    RawTcp,
-    Tcp,
-    RawUnix,
-    Unix,
-    RawTls,
-    Tls,
-    WebSocket,
-}
+/// Bytes of one turn, where nothing is computed and where everything is encrypted or masked.
+const PLAIN_BYTES: u64 = 384 << 20;
+const WORKED_BYTES: u64 = 256 << 20;
+const RELAY_BYTES: u64 = 384 << 20;
+const HANDSHAKES: u32 = 80;
+/// Turns of each contender in a round: many short ones, since each connection settles at a speed of its own.
+const TURNS: usize = 10;
 
 /// Name, and what it is compared with: the contender's place in this list.
 const CONTENDERS: [(Kind, &str, Option<usize>); 7] = [
@@ -69,33 +51,47 @@ struct Row {
     round_trip: Vec<f64>,
 }
 
+/// Samples of theirs, and of ours.
+type Pair = [Vec<f64>; 2];
+
 pub fn run(options: &Options) -> Result<()> {
     let vellum = tools::vellum(options)?;
     let tls = TlsSetup::new()?;
-    let runtime = Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| format!("no executor: {error}"))?;
+    let one = Builder::new_current_thread().enable_all().build().map_err(explain)?;
+    let two = Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(explain)?;
     let mut rows: Vec<Row> = CONTENDERS.iter().map(|_| Row::default()).collect();
-    let mut handshakes = [Vec::new(), Vec::new()];
-    let mut relays = [Vec::new(), Vec::new()];
+    let [mut handshakes, mut counted, mut relays] = [Pair::default(), Pair::default(), Pair::default()];
     for round in 0..options.runs {
-        for ((kind, _, _), row) in CONTENDERS.iter().zip(&mut rows) {
-            check_interrupt()?;
-            measure(&runtime, *kind, &tls, row)?;
+        for turn in 0..TURNS {
+            // Each other turn the other way round: what changes with time favours nobody.
+            let mut order: Vec<_> = CONTENDERS.iter().zip(&mut rows).collect();
+            if turn % 2 == 1 {
+                order.reverse();
+            }
+            for ((kind, _, _), row) in order {
+                check_interrupt()?;
+                let [forth, back] = throughput(*kind, &tls)?;
+                row.forth.push(forth);
+                row.back.push(back);
+                row.round_trip.push(one.block_on(async {
+                    let (near, far) = kind.ends(&tls).await?;
+                    streams::ping(near, far).await.map_err(explain)
+                })?);
+            }
+            for (samples, kind) in handshakes.iter_mut().zip([Kind::RawTls, Kind::Tls]) {
+                samples.push(shake_hands(&one, kind, &tls)?);
+            }
+            for (samples, program) in relays.iter_mut().zip(["socat", "vellum"]) {
+                samples.push(relay::relay(&two, program, &vellum)?);
+            }
         }
-        for (samples, kind) in handshakes.iter_mut().zip([Kind::RawTls, Kind::Tls]) {
-            samples.push(shake_hands(&runtime, kind, &tls)?);
-        }
-        for (samples, program) in relays.iter_mut().zip(["socat", "vellum"]) {
-            samples.push(relay(&runtime, program, &vellum)?);
-        }
+        counted[0].push(openssl::its_server(&tls)?);
+        counted[1].push(openssl::our_server(&tls)?);
         eprintln!("round {} done", round + 1);
     }
     let mut text = facts(&host::facts(&tools::workspace(), &vellum));
     text.push_str(&table(&rows));
-    text.push_str(&second_table(&handshakes, &relays));
+    text.push_str(&second_table(&handshakes, &counted, &relays));
     println!("{text}");
     match &options.markdown {
         Some(path) => write_section(path, "channel", &text),
@@ -103,150 +99,72 @@ pub fn run(options: &Options) -> Result<()> {
     }
 }
 
+/// The mean of the middle half.
+fn middle(samples: &[f64]) -> f64 {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let cut = sorted.len() / 4;
+    let half = &sorted[cut..sorted.len() - cut];
+    half.iter().sum::<f64>() / half.len().max(1) as f64
+}
+
 fn explain(error: std::io::Error) -> String {
     format!("a channel failed: {error}")
 }
 
-fn measure(runtime: &Runtime, kind: Kind, tls: &TlsSetup, row: &mut Row) -> Result<()> {
+/// Bytes a second from client to server, and back.
+fn throughput(kind: Kind, tls: &TlsSetup) -> Result<[f64; 2]> {
+    let [near, far] = kind.sockets()?;
+    let ((near_tells, far_hears), (far_tells, near_hears)) = (mpsc::channel(), mpsc::channel());
+    let [near, far] = std::thread::scope(|scope| {
+        let near = scope.spawn(move || one_end(kind, near, true, tls, &near_tells, &near_hears));
+        let far = scope.spawn(move || one_end(kind, far, false, tls, &far_tells, &far_hears));
+        [near, far].map(|end| end.join().unwrap_or_else(|_| Err("an end panicked".to_owned())))
+    });
+    Ok([far?, near?])
+}
+
+/// The client sends, then the server does. Gives the bytes a second that this end received.
+fn one_end(
+    kind: Kind,
+    socket: OwnedFd,
+    is_client: bool,
+    tls: &TlsSetup,
+    tells: &mpsc::Sender<()>,
+    hears: &mpsc::Receiver<()>,
+) -> Result<f64> {
+    stay_on(usize::from(!is_client));
     let bytes = match kind {
         Kind::RawTcp | Kind::Tcp | Kind::RawUnix | Kind::Unix => PLAIN_BYTES,
         Kind::RawTls | Kind::Tls | Kind::WebSocket => WORKED_BYTES,
     };
+    let runtime = Builder::new_current_thread().enable_all().build().map_err(explain)?;
     runtime.block_on(async {
-        let (near, far) = ends(kind, tls).await?;
-        let (near, far, seconds) = stream(near, far, bytes).await.map_err(explain)?;
-        row.forth.push(bytes as f64 / seconds);
-        let (far, near, seconds) = stream(far, near, bytes).await.map_err(explain)?;
-        row.back.push(bytes as f64 / seconds);
-        row.round_trip.push(ping(near, far).await.map_err(explain)?);
-        Ok(())
-    })
-}
-
-/// Two connected sockets, as every contender gets them.
-fn tcp() -> Result<(TcpStream, TcpStream)> {
-    let make = || {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let near = TcpStream::connect(listener.local_addr()?)?;
-        let (far, _) = listener.accept()?;
-        for end in [&near, &far] {
-            end.set_nodelay(true)?;
-            end.set_nonblocking(true)?;
-        }
-        Ok((near, far))
-    };
-    make().map_err(explain)
-}
-
-fn raw_tcp() -> Result<(tokio::net::TcpStream, tokio::net::TcpStream)> {
-    let (near, far) = tcp()?;
-    let raw = |end| tokio::net::TcpStream::from_std(end).map_err(explain);
-    Ok((raw(near)?, raw(far)?))
-}
-
-fn tcp_channels() -> Result<(Socket, Socket)> {
-    let (near, far) = tcp()?;
-    let channel = |end| Socket::from_fd(OwnedFd::from(end)).map_err(explain);
-    Ok((channel(near)?, channel(far)?))
-}
-
-async fn ends(kind: Kind, tls: &TlsSetup) -> Result<(End, End)> {
-    let boxed = |near, far| -> (End, End) { (near, far) };
-    Ok(match kind {
-        Kind::RawTcp => {
-            let (near, far) = raw_tcp()?;
-            boxed(Box::new(near), Box::new(far))
-        }
-        Kind::Tcp => {
-            let (near, far) = tcp_channels()?;
-            boxed(Box::new(near), Box::new(far))
-        }
-        Kind::RawUnix => {
-            let (near, far) = tokio::net::UnixStream::pair().map_err(explain)?;
-            boxed(Box::new(near), Box::new(far))
-        }
-        Kind::Unix => {
-            let (near, far) = UnixStream::pair().map_err(explain)?;
-            let channel = |end| Socket::from_fd(OwnedFd::from(end)).map_err(explain);
-            boxed(Box::new(channel(near)?), Box::new(channel(far)?))
-        }
-        Kind::RawTls => {
-            let (near, far) = raw_tcp()?;
-            let (near, far) =
-                tokio::try_join!(tls.connector.connect(tls.name.clone(), near), tls.acceptor.accept(far))
-                    .map_err(explain)?;
-            boxed(Box::new(near), Box::new(far))
-        }
-        Kind::Tls => {
-            let (near, far) = tcp_channels()?;
-            let (near, far) = tokio::try_join!(tls.client.connect(near, "localhost"), tls.server.accept(far))
-                .map_err(explain)?;
-            boxed(Box::new(near), Box::new(far))
-        }
-        Kind::WebSocket => {
-            let (near, far) = tcp_channels()?;
-            let options = WebSocketOptions::default();
-            let (near, far) = tokio::try_join!(
-                WebSocket::connect(near, "localhost", &options),
-                WebSocket::accept(far, &options)
-            )
-            .map_err(explain)?;
-            boxed(Box::new(near), Box::new(far))
-        }
-    })
-}
-
-/// Sends `bytes` and waits until they have been read; gives the ends back, and the seconds.
-async fn stream(mut from: End, mut to: End, bytes: u64) -> std::io::Result<(End, End, f64)> {
-    let started = Instant::now();
-    let sending = tokio::spawn(async move {
-        let block = vec![0x5A; BLOCK];
-        for _ in 0..bytes / BLOCK as u64 {
-            from.write_all(&block).await?;
-        }
-        from.flush().await?;
-        std::io::Result::Ok(from)
-    });
-    let receiving = tokio::spawn(async move {
-        let mut block = vec![0; BLOCK];
-        let mut left = bytes;
-        while left > 0 {
-            let read = to.read(&mut block).await? as u64;
-            if read == 0 {
-                return Err(std::io::ErrorKind::UnexpectedEof.into());
+        let mut end = kind.end(socket, is_client, tls).await.map_err(explain)?;
+        let mut rate = 0.0;
+        for sends in [is_client, !is_client] {
+            // Both begin at once; one that has failed is not waited for.
+            let _ = tells.send(());
+            hears.recv().map_err(|_| "the other end failed".to_owned())?;
+            if sends {
+                streams::send(&mut end, bytes).await.map_err(explain)?;
+            } else {
+                rate = bytes as f64 / streams::receive(&mut end, bytes).await.map_err(explain)?;
             }
-            left -= read;
         }
-        std::io::Result::Ok(to)
-    });
-    let (from, to) = (sending.await.expect("no panic")?, receiving.await.expect("no panic")?);
-    Ok((from, to, started.elapsed().as_secs_f64()))
+        // Nobody hangs up before the other has all.
+        let _ = tells.send(());
+        let _ = hears.recv();
+        Ok(rate)
+    })
 }
 
-/// Seconds of one small message there and back.
-async fn ping(mut near: End, mut far: End) -> std::io::Result<f64> {
-    let echoing = tokio::spawn(async move {
-        let mut message = [0; PING];
-        for _ in 0..PINGS {
-            far.read_exact(&mut message).await?;
-            far.write_all(&message).await?;
-            far.flush().await?;
-        }
-        std::io::Result::Ok(())
-    });
-    let asking = tokio::spawn(async move {
-        let mut message = [7; PING];
-        let started = Instant::now();
-        for _ in 0..PINGS {
-            near.write_all(&message).await?;
-            near.flush().await?;
-            near.read_exact(&mut message).await?;
-        }
-        std::io::Result::Ok(started.elapsed().as_secs_f64())
-    });
-    let seconds = asking.await.expect("no panic")?;
-    echoing.await.expect("no panic")?;
-    Ok(seconds / f64::from(PINGS))
+/// Keeps this thread on one processor, where there are several.
+fn stay_on(processor: usize) {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(processor);
+    // Without it figures vary more.
+    let _ = rustix::thread::sched_setaffinity(None, &set);
 }
 
 /// Full TLS handshakes a second, connections included.
@@ -254,117 +172,10 @@ fn shake_hands(runtime: &Runtime, kind: Kind, tls: &TlsSetup) -> Result<f64> {
     runtime.block_on(async {
         let started = Instant::now();
         for _ in 0..HANDSHAKES {
-            drop(ends(kind, tls).await?);
+            drop(kind.ends(tls).await?);
         }
         Ok(f64::from(HANDSHAKES) / started.elapsed().as_secs_f64())
     })
-}
-
-struct Relay(Child);
-
-impl Drop for Relay {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Bytes a second through a process that joins two TCP connections.
-fn relay(runtime: &Runtime, program: &str, vellum: &std::path::Path) -> Result<f64> {
-    let sink = TcpListener::bind("127.0.0.1:0").map_err(explain)?;
-    let to = sink.local_addr().map_err(explain)?;
-    let at = free_port()?;
-    let mut command = if program == "socat" {
-        let mut command = Command::new("socat");
-        command
-            .arg("-b262144")
-            .arg(format!("TCP-LISTEN:{},bind=127.0.0.1", at.port()))
-            .arg(format!("TCP:{to}"));
-        command
-    } else {
-        let mut command = Command::new(vellum);
-        command.args(["channel", "-q", &format!("listen:tcp://{at}"), &format!("tcp://{to}")]);
-        command
-    };
-    let spawned = command.stdin(Stdio::null()).stderr(Stdio::null()).stdout(Stdio::null()).spawn();
-    let _relay = Relay(spawned.map_err(|error| format!("{program}: {error}"))?);
-    let source = connect_when_there(at)?;
-    let (drain, _) = sink.accept().map_err(explain)?;
-    for end in [&source, &drain] {
-        end.set_nonblocking(true).map_err(explain)?;
-    }
-    runtime.block_on(async {
-        let raw = |end| tokio::net::TcpStream::from_std(end).map_err(explain);
-        let (source, drain) = (raw(source)?, raw(drain)?);
-        let (_, _, seconds) =
-            stream(Box::new(source), Box::new(drain), PLAIN_BYTES).await.map_err(explain)?;
-        Ok(PLAIN_BYTES as f64 / seconds)
-    })
-}
-
-fn free_port() -> Result<SocketAddr> {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).map_err(explain)
-}
-
-fn connect_when_there(at: SocketAddr) -> Result<TcpStream> {
-    for _ in 0..200 {
-        if let Ok(stream) = TcpStream::connect(at) {
-            return Ok(stream);
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Err(format!("nothing listens on {at}"))
-}
-
-/// One certificate for all.
-struct TlsSetup {
-    connector: TlsConnector,
-    acceptor: TlsAcceptor,
-    name: ServerName<'static>,
-    client: TlsClient,
-    server: TlsServer,
-}
-
-impl TlsSetup {
-    fn new() -> Result<Self> {
-        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()])
-            .map_err(|error| format!("no certificate: {error}"))?;
-        let (certificate, key) =
-            (made.cert.pem().into_bytes(), made.signing_key.serialize_pem().into_bytes());
-        let tls = |error: tokio_rustls::rustls::Error| format!("TLS cannot be set up: {error}");
-        let pem = |error: tokio_rustls::rustls::pki_types::pem::Error| format!("PEM: {error}");
-        let der = CertificateDer::from_pem_slice(&certificate).map_err(pem)?;
-        let private = PrivateKeyDer::from_pem_slice(&key).map_err(pem)?;
-        let mut roots = RootCertStore::empty();
-        roots.add(der.clone()).map_err(tls)?;
-        let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
-        let mut client = ClientConfig::builder_with_provider(provider.clone())
-            .with_safe_default_protocol_versions()
-            .map_err(tls)?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        // Full handshakes, on both sides of the comparison.
-        client.resumption = tokio_rustls::rustls::client::Resumption::disabled();
-        let server = ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(tls)?
-            .with_no_client_auth()
-            .with_single_cert(vec![der], private)
-            .map_err(tls)?;
-        let identity = TlsIdentity::new(Pem::text(certificate.clone()), Pem::text(key));
-        let ours = TlsClientOptions {
-            ca: Some(Pem::text(certificate)),
-            resumption: false,
-            ..TlsClientOptions::default()
-        };
-        Ok(Self {
-            connector: TlsConnector::from(Arc::new(client)),
-            acceptor: TlsAcceptor::from(Arc::new(server)),
-            name: ServerName::try_from("localhost").map_err(|error| error.to_string())?,
-            client: TlsClient::new(ours).map_err(explain)?,
-            server: TlsServer::new(TlsServerOptions::new(identity)).map_err(explain)?,
-        })
-    }
 }
 
 fn table(rows: &[Row]) -> String {
@@ -372,11 +183,10 @@ fn table(rows: &[Row]) -> String {
         "\n| | MiB/s, client to server | by what it is compared with | MiB/s, server to client | by that | round trip us | by that |\n\
          |---|--:|--:|--:|--:|--:|--:|\n",
     );
-    let mib = |samples: &[f64]| median(samples.iter().copied()) / f64::from(1 << 20);
+    let mib = |samples: &[f64]| middle(samples) / f64::from(1 << 20);
     for ((_, name, peer), row) in CONTENDERS.iter().zip(rows) {
         let by = |pick: fn(&Row) -> &Vec<f64>| {
-            let ratio = peer
-                .map(|peer| median(pick(row).iter().copied()) / median(pick(&rows[peer]).iter().copied()));
+            let ratio = peer.map(|peer| middle(pick(row)) / middle(pick(&rows[peer])));
             ratio.map_or(String::new(), |ratio| format!("**{}**", number(Some(ratio))))
         };
         let _ = writeln!(
@@ -386,23 +196,27 @@ fn table(rows: &[Row]) -> String {
             by(|row| &row.forth),
             mib(&row.back),
             by(|row| &row.back),
-            median(row.round_trip.iter().copied()) * 1e6,
+            middle(&row.round_trip) * 1e6,
             by(|row| &row.round_trip)
         );
     }
     text
 }
 
-fn second_table(handshakes: &[Vec<f64>; 2], relays: &[Vec<f64>; 2]) -> String {
-    let of = |samples: &[f64]| median(samples.iter().copied());
+fn second_table(handshakes: &Pair, counted: &Pair, relays: &Pair) -> String {
+    let of = |samples: &[f64]| middle(samples);
     let mib = |samples: &[f64]| of(samples) / f64::from(1 << 20);
     format!(
         "\n| | theirs | ours | ours by theirs |\n|---|--:|--:|--:|\n\
          | full TLS handshakes a second, tokio-rustls and TLS channel | {:.0} | {:.0} | **{}** |\n\
+         | the same as `openssl s_time -new` counts them, `openssl s_server` and TLS channel | {:.0} | {:.0} | **{}** |\n\
          | relay between two TCP connections, `socat -b262144` and `vellum channel`, MiB/s | {:.0} | {:.0} | **{}** |\n",
         of(&handshakes[0]),
         of(&handshakes[1]),
         number(Some(of(&handshakes[1]) / of(&handshakes[0]))),
+        of(&counted[0]),
+        of(&counted[1]),
+        number(Some(of(&counted[1]) / of(&counted[0]))),
         mib(&relays[0]),
         mib(&relays[1]),
         number(Some(of(&relays[1]) / of(&relays[0]))),

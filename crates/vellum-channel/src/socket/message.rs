@@ -19,6 +19,15 @@ pub(super) const SLICES_MAX: usize = 1024;
 /// Bytes that the kernel transfers in one call at most (`MAX_RW_COUNT`, less than this by a page).
 const TRANSFER_MAX: usize = 0x7fff_0000;
 
+/// A read of that many bytes is mostly followed by more: the next one asks the kernel again rather than sleep, which costs
+/// far less than to be woken.
+const MUCH: usize = 16 << 10;
+
+/// Reads with at most this room do not ask whether descriptors came along: that costs a few per cent of a round trip of
+/// small messages. Who has so little room mostly knows what comes and fills it, and then the answer is of no use; if not,
+/// [`is_drained`] is "unknown", and the next read finds the socket empty.
+const SMALL_ROOM: usize = 4 << 10;
+
 /// Space for the descriptors of one message, and credentials that an inherited socket may have been set to pass.
 const CONTROL_SPACE: usize = rustix::cmsg_space!(ScmRights(MESSAGE_DESCRIPTORS_MAX), ScmCredentials(1));
 
@@ -42,6 +51,7 @@ pub(super) fn receive(
         // A peek would get the same descriptors again and again: it leaves them with the bytes.
         (Kind::Unix, Some(fds)) if !is_peek => return receive_with(fd, bufs, room, fds, flags, unreported),
         // The kernel closes the descriptors that nobody asks for, and says so.
+        (Kind::Unix, _) if room <= SMALL_ROOM && bufs.len() == 1 => (recv(fd, &mut *bufs[0], how)?.0, false),
         (Kind::Unix, _) => {
             let got = recvmsg(fd, bufs, &mut RecvAncillaryBuffer::default(), how)?;
             (got.bytes, !got.flags.contains(ReturnFlags::CTRUNC))
@@ -57,6 +67,7 @@ pub(super) fn receive(
 /// Receives into memory that need not be initialised; `room` says how many bytes at its start are so now.
 pub(super) fn receive_uninit(fd: BorrowedFd<'_>, kind: Kind, room: &mut [MaybeUninit<u8>]) -> Transfer {
     let (bytes, is_whole) = match kind {
+        Kind::Unix if room.len() <= SMALL_ROOM => (recv(fd, &mut *room, RecvFlags::empty())?.1, false),
         Kind::Unix => {
             let (bytes, is_cut) = system::receive(fd, room)?;
             (bytes, !is_cut)
@@ -68,11 +79,11 @@ pub(super) fn receive_uninit(fd: BorrowedFd<'_>, kind: Kind, room: &mut [MaybeUn
 
 /// Whether a read of `bytes` where there was room for more proves that the socket was empty.
 ///
-/// On TCP sockets it does. On Unix sockets the kernel also ends a read behind a message that carries descriptors or
+/// On TCP sockets it does, unless it brought [`MUCH`]. On Unix sockets the kernel also ends a read behind a message that carries descriptors or
 /// credentials: it does unless there were some, which `is_whole` excludes. Of vsock nothing is known: it depends on what
 /// is below.
 fn is_drained(kind: Kind, bytes: usize, room: usize, is_whole: bool) -> bool {
-    0 < bytes && bytes < room.min(TRANSFER_MAX) && is_whole && kind != Kind::Vsock
+    0 < bytes && bytes < room.min(MUCH) && is_whole && kind != Kind::Vsock
 }
 
 fn receive_with(

@@ -146,7 +146,14 @@ impl Socket {
             Ok(socket) => Ok(socket),
             Err(cause) if crate::error::kind_of(&cause).is_some() => Err(cause),
             Err(cause) => {
-                Err(Error::new(ErrorKind::Connect, format!("cannot connect to {to}")).because(cause).into())
+                let hint = match to {
+                    Endpoint::Vsock { cid: VSOCK_LOCAL, .. } => {
+                        " on this machine itself: that needs the kernel's vsock_loopback"
+                    }
+                    _ => "",
+                };
+                let what = format!("cannot connect to {to}{hint}");
+                Err(Error::new(ErrorKind::Connect, what).because(cause).into())
             }
         }
     }
@@ -274,6 +281,9 @@ impl Socket {
 fn new_socket(domain: Domain) -> io::Result<OwnedFd> {
     Ok(socket2::Socket::new(domain, Type::STREAM.nonblocking(), None)?.into())
 }
+
+/// The context identifier by which a machine reaches itself (`VMADDR_CID_LOCAL`).
+const VSOCK_LOCAL: u32 = 1;
 
 fn is_in_progress(error: &io::Error) -> bool {
     error.raw_os_error() == Some(rustix::io::Errno::INPROGRESS.raw_os_error())

@@ -43,7 +43,7 @@ const ROUNDS_MAX: usize = 64;
 ///   for at most 5 s unless set.
 /// * A handshake message, and with it a chain of certificates, has at most 64 KiB, a record 16 KiB.
 /// * At most 32 key updates in a row, one request to renegotiate (it is refused), four warnings: more is an error.
-/// * Buffers: 64 KiB towards the peer; from it one read of 18 KiB, and its plaintext.
+/// * Buffers: 64 KiB towards the peer; from it 20 KiB, or 160 KiB where it sends much, one record and its plaintext.
 pub struct Tls<C> {
     base: Base,
     below: C,
@@ -350,10 +350,13 @@ impl<C: Channel> Channel for Tls<C> {
         if bufs.iter().all(|buf| buf.is_empty()) || !ready!(self.poll_plaintext(cx, flags))? {
             return Poll::Ready(Ok(0));
         }
-        Poll::Ready(Ok(match flags.contains(ReadFlags::PEEK) {
-            true => crate::stream::scatter(self.session.pending(), bufs),
-            false => self.session.take(bufs),
-        }))
+        if flags.contains(ReadFlags::PEEK) {
+            return Poll::Ready(Ok(crate::stream::scatter(self.session.pending(), bufs)));
+        }
+        let taken = self.session.take(bufs);
+        // That may have come upon something to be answered.
+        self.help_send(cx);
+        Poll::Ready(Ok(taken))
     }
 
     fn poll_writev(

@@ -15,6 +15,7 @@ mod control;
 mod credentials;
 mod failure;
 mod handshake;
+mod input;
 mod names;
 mod options;
 mod server;

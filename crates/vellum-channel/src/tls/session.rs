@@ -1,6 +1,7 @@
 //! One connection's TLS, between a channel below and plaintext above.
 
 use super::failure::{Failure, FirstBytes, Peer, Scene};
+use super::input::Ciphertext;
 use super::verify::take_refused;
 use crate::channel::{Channel, ReadFlags, WriteFlags};
 use crate::error::{Error, ErrorKind};
@@ -15,6 +16,7 @@ pub(super) struct Session {
     connection: Box<Connection>,
     peer: Peer,
     first: FirstBytes,
+    input: Ciphertext,
     failure: Option<Failure>,
     /// The peer has said goodbye.
     is_peer_done: bool,
@@ -30,6 +32,7 @@ impl Session {
             connection: Box::new(connection),
             peer,
             first: FirstBytes::default(),
+            input: Ciphertext::default(),
             failure: None,
             is_peer_done: false,
             is_below_done: false,
@@ -100,46 +103,65 @@ impl Session {
         self.connection.wants_read()
     }
 
-    /// Moves decrypted bytes into `bufs`, in order.
+    /// Moves decrypted bytes into `bufs`, in order, and decrypts for that what has come already.
     pub fn take(&mut self, bufs: &mut [IoSliceMut<'_>]) -> usize {
-        let mut reader = self.connection.reader();
         let mut taken = 0;
-        for buf in bufs.iter_mut().filter(|buf| !buf.is_empty()) {
-            match reader.read(buf) {
-                Ok(count) => {
-                    taken += count;
-                    if count < buf.len() {
-                        break;
+        for buf in bufs {
+            let mut filled = 0;
+            while filled < buf.len() {
+                match self.connection.reader().read(&mut buf[filled..]) {
+                    Ok(count) if count > 0 => {
+                        filled += count;
+                        taken += count;
                     }
+                    _ if self.failure.is_none() && !self.input.is_empty() && self.wants_receive() => {
+                        self.digest();
+                    }
+                    _ => return taken,
                 }
-                Err(_) => break,
             }
         }
         taken
     }
 
-    /// Reads once from below and decrypts it. What that led to is found in the other methods; an error here is one of
-    /// the channel below.
+    /// Decrypts what has come, and reads once from below if that is nothing. What it led to is found in the other
+    /// methods; an error here is one of the channel below.
     pub fn poll_receive<C: Channel>(
         &mut self,
         below: &mut C,
         cx: &mut Context<'_>,
         flags: ReadFlags,
     ) -> Poll<io::Result<()>> {
-        let mut input = Input { below, cx, flags, first: &mut self.first, asked: Asked::Not };
-        let read = self.connection.read_tls(&mut input);
-        match (input.asked, read) {
-            (Asked::Pending, _) => return Poll::Pending,
-            (Asked::Answered, Err(error)) => return Poll::Ready(Err(error)),
-            // rustls did not even look below: its own buffer is full of one message.
-            (Asked::Not, Err(error)) => {
-                let what = format!("{} sent a message above the limits of TLS: {error}", self.peer.whom());
-                self.failure.get_or_insert(Failure::new(ErrorKind::Limit, what));
+        if self.input.is_empty() {
+            if ready!(self.input.poll_fill(below, cx, flags))? == 0 {
+                self.is_below_done = true;
+                return Poll::Ready(Ok(()));
             }
-            (Asked::Answered, Ok(0)) => self.is_below_done = true,
-            (_, Ok(_)) => self.process(),
+            self.first.add(self.input.unread());
         }
+        self.digest();
         Poll::Ready(Ok(()))
+    }
+
+    /// Hands rustls as much of what has come as it takes, which is about one full record, and has it decrypt that.
+    fn digest(&mut self) {
+        let mut has_taken = false;
+        while !self.input.is_empty() {
+            match self.connection.read_tls(&mut self.input) {
+                Ok(1..) => has_taken = true,
+                // Behind the goodbye nothing is read.
+                Ok(0) => break,
+                // Its own buffer is full: of records that it has still to decrypt, or of one message.
+                Err(_) if has_taken => break,
+                Err(error) => {
+                    let whom = self.peer.whom();
+                    let what = format!("{whom} sent a message above the limits of TLS: {error}");
+                    self.failure.get_or_insert(Failure::new(ErrorKind::Limit, what));
+                    return;
+                }
+            }
+        }
+        self.process();
     }
 
     fn process(&mut self) {
@@ -255,41 +277,6 @@ impl Session {
 pub(super) fn is_gone(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected};
     matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected)
-}
-
-/// Whether rustls asked the channel below, and what that said.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Asked {
-    Not,
-    Pending,
-    Answered,
-}
-
-/// The channel below as rustls reads it.
-struct Input<'a, 'b, C> {
-    below: &'a mut C,
-    cx: &'a mut Context<'b>,
-    flags: ReadFlags,
-    first: &'a mut FirstBytes,
-    asked: Asked,
-}
-
-impl<C: Channel> Read for Input<'_, '_, C> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self.below.poll_readv(self.cx, &mut [IoSliceMut::new(buf)], None, self.flags) {
-            Poll::Pending => {
-                self.asked = Asked::Pending;
-                Err(io::ErrorKind::WouldBlock.into())
-            }
-            Poll::Ready(read) => {
-                self.asked = Asked::Answered;
-                if let Some(bytes) = read.as_ref().ok().and_then(|&count| buf.get(..count)) {
-                    self.first.add(bytes);
-                }
-                read
-            }
-        }
-    }
 }
 
 /// The channel below as rustls writes it.

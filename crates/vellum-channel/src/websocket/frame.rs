@@ -182,10 +182,20 @@ impl Encoded {
 pub(super) struct Mask(pub [u8; 4]);
 
 impl Mask {
-    /// Masks or unmasks the next bytes of the payload.
-    pub fn apply(&mut self, bytes: &mut [u8]) {
+    /// The bytes for one word of payload.
+    fn wide(self) -> u64 {
         let [a, b, c, d] = self.0;
-        let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);
+        u64::from_ne_bytes([a, b, c, d, a, b, c, d])
+    }
+
+    /// Moves on in the payload.
+    pub fn pass(&mut self, count: usize) {
+        self.0.rotate_left(count % 4);
+    }
+
+    /// Masks or unmasks the next bytes of the payload where they are.
+    pub fn apply(&mut self, bytes: &mut [u8]) {
+        let wide = self.wide();
         // In words, which the compiler makes vectors of.
         let (words, rest) = bytes.as_chunks_mut::<8>();
         for word in words {
@@ -194,7 +204,21 @@ impl Mask {
         for (byte, key) in rest.iter_mut().zip(self.0.iter().cycle()) {
             *byte ^= key;
         }
-        self.0.rotate_left(bytes.len() % 4);
+        self.pass(bytes.len());
+    }
+
+    /// Masks or unmasks the next bytes of the payload on their way from `from` to `to`, which is as long.
+    pub fn copy(&mut self, from: &[u8], to: &mut [u8]) {
+        let wide = self.wide();
+        let (from_words, from_rest) = from.as_chunks::<8>();
+        let (to_words, to_rest) = to.as_chunks_mut::<8>();
+        for (to, from) in to_words.iter_mut().zip(from_words) {
+            *to = (u64::from_ne_bytes(*from) ^ wide).to_ne_bytes();
+        }
+        for ((to, from), key) in to_rest.iter_mut().zip(from_rest).zip(self.0.iter().cycle()) {
+            *to = from ^ key;
+        }
+        self.pass(from.len());
     }
 }
 
@@ -268,6 +292,12 @@ mod tests {
             let mut mask = Mask(key);
             masked.chunks_mut(step).for_each(|part| mask.apply(part));
             assert_eq!(masked, expected, "in steps of {step}");
+
+            let (mut mask, mut copied) = (Mask(key), vec![0; data.len()]);
+            for (from, to) in data.chunks(step).zip(copied.chunks_mut(step)) {
+                mask.copy(from, to);
+            }
+            assert_eq!(copied, expected, "copied in steps of {step}");
         }
     }
 }

@@ -240,8 +240,8 @@ impl Frame {
     /// Moves on in the payload.
     fn pass(&mut self, count: usize) {
         self.left = self.left.saturating_sub(count as u64);
-        if let Some(Mask(key)) = &mut self.mask {
-            key.rotate_left(count % 4);
+        if let Some(mask) = &mut self.mask {
+            mask.pass(count);
         }
     }
 }

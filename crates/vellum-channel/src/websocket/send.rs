@@ -1,22 +1,21 @@
 //! What goes out: from payload to frames in a bounded queue. It does no I/O.
 
-use super::frame::{CONTROL_MAX, Encoded, HEADER_MAX, Header, Mask, Opcode};
+use super::frame::{CONTROL_MAX, Encoded, Header, Mask, Opcode};
 use super::receive::Short;
 use std::io::{self, IoSlice};
 
 /// While more than this waits to be sent, no message is taken.
 const QUEUE_HIGH: usize = 64 << 10;
-/// Payload is masked in parts that stay in the processor's first cache.
-const PART: usize = 16 << 10;
 
 #[derive(Debug)]
 pub(super) struct Sender {
     /// Clients mask.
     masks: Option<Masks>,
-    /// Whole frames (but for the sent part of the first): `queue[sent..]`. At most `QUEUE_HIGH`, one message and
-    /// three control frames.
+    /// Whole frames (but for the sent part of the first): `queue[sent..end]`. At most `QUEUE_HIGH`, one message and
+    /// three control frames. What lies behind is used again and again: to clear it each time takes longer than to mask.
     queue: Vec<u8>,
     sent: usize,
+    end: usize,
     /// The answer to the peer's last ping. Older ones that are not answered yet need no answer any more.
     pong: Option<Short>,
     close: Goodbye,
@@ -41,6 +40,7 @@ impl Sender {
             masks: is_client.then(Masks::default),
             queue: Vec::new(),
             sent: 0,
+            end: 0,
             pong: None,
             close: Goodbye::None,
             needs_flush: false,
@@ -54,7 +54,7 @@ impl Sender {
 
     /// What waits to be sent.
     pub fn queued(&self) -> &[u8] {
-        &self.queue[self.sent..]
+        &self.queue[self.sent..self.end]
     }
 
     /// Whether another message is taken.
@@ -65,8 +65,8 @@ impl Sender {
     /// So many bytes of the queue are sent.
     pub fn sent(&mut self, count: usize) {
         self.sent += count;
-        if self.sent >= self.queue.len() {
-            self.queue.clear();
+        if self.sent >= self.end {
+            self.end = 0;
             self.sent = 0;
         }
     }
@@ -96,7 +96,7 @@ impl Sender {
 
     /// Whether the close frame and all before it are sent.
     pub fn has_closed(&self) -> bool {
-        matches!(self.close, Goodbye::Queued) && self.queue.is_empty()
+        matches!(self.close, Goodbye::Queued) && self.queued().is_empty()
     }
 
     /// Nothing can be sent any more.
@@ -104,6 +104,7 @@ impl Sender {
         self.is_broken = true;
         self.queue = Vec::new();
         self.sent = 0;
+        self.end = 0;
         self.pong = None;
         self.needs_flush = false;
     }
@@ -130,51 +131,67 @@ impl Sender {
 
     /// Queues a frame of the first `len` bytes in `bufs`.
     pub fn queue_frame(&mut self, opcode: Opcode, bufs: &[IoSlice<'_>], len: usize) -> io::Result<()> {
-        let mask = self.masks.as_mut().map(Masks::next).transpose()?;
-        self.make_room(len + HEADER_MAX);
-        self.queue.extend_from_slice(Header::encode(opcode, len, mask).as_bytes());
-        self.queue_payload(bufs, 0, len, mask);
+        let mut mask = self.begin_frame(opcode, len)?;
+        self.queue_payload(bufs, 0, len, &mut mask);
         Ok(())
+    }
+
+    /// Queues the header of a frame, whose payload has to follow; gives its mask.
+    pub fn begin_frame(&mut self, opcode: Opcode, len: usize) -> io::Result<Option<Mask>> {
+        let mask = self.masks.as_mut().map(Masks::next).transpose()?;
+        self.queue_bytes(Header::encode(opcode, len, mask).as_bytes());
+        Ok(mask)
     }
 
     /// Queues the rest of a frame of which `done` bytes of header and payload are sent; never for clients.
     pub fn queue_rest(&mut self, header: &Encoded, bufs: &[IoSlice<'_>], len: usize, done: usize) {
         let header = header.as_bytes();
-        self.make_room(header.len() + len - done);
         let skip = done.saturating_sub(header.len());
-        self.queue.extend_from_slice(&header[done.min(header.len())..]);
-        self.queue_payload(bufs, skip, len - skip, None);
+        self.queue_bytes(&header[done.min(header.len())..]);
+        self.queue_payload(bufs, skip, len - skip, &mut None);
     }
 
-    fn queue_payload(
+    /// Queues the next `len` bytes of a payload, those in `bufs` behind the first `skip`.
+    pub fn queue_payload(
         &mut self,
         bufs: &[IoSlice<'_>],
         mut skip: usize,
-        mut len: usize,
-        mut mask: Option<Mask>,
+        len: usize,
+        mask: &mut Option<Mask>,
     ) {
+        let mut to = self.add_room(len);
         for buf in bufs {
             let from = skip.min(buf.len());
             skip -= from;
-            let part = &buf[from..from + len.min(buf.len() - from)];
-            len -= part.len();
-            for part in part.chunks(PART) {
-                let start = self.queue.len();
-                self.queue.extend_from_slice(part);
-                if let Some(mask) = &mut mask {
-                    mask.apply(&mut self.queue[start..]);
-                }
+            let part = &buf[from..];
+            let part = &part[..to.len().min(part.len())];
+            let (room, rest) = to.split_at_mut(part.len());
+            match mask {
+                Some(mask) => mask.copy(part, room),
+                None => room.copy_from_slice(part),
             }
+            to = rest;
         }
+        debug_assert!(to.is_empty(), "a payload is as long as its header says");
     }
 
-    /// Moves what is left to the front rather than let the queue grow.
-    fn make_room(&mut self, len: usize) {
-        if self.sent > 0 && self.queue.len() + len > self.queue.capacity() {
-            self.queue.drain(..self.sent);
+    fn queue_bytes(&mut self, bytes: &[u8]) {
+        self.add_room(bytes.len()).copy_from_slice(bytes);
+    }
+
+    /// The next `len` bytes of the queue, to be filled. What is left is moved to the front rather than let the queue grow.
+    fn add_room(&mut self, len: usize) -> &mut [u8] {
+        if self.sent > 0 && self.end + len > self.queue.len() {
+            self.queue.copy_within(self.sent..self.end, 0);
+            self.end -= self.sent;
             self.sent = 0;
         }
-        self.queue.reserve(len);
+        let (start, end) = (self.end, self.end + len);
+        if end > self.queue.len() {
+            self.queue.resize(end, 0);
+        }
+        self.end = end;
+        &mut self.queue[start..end]
     }
 }
 

@@ -10,8 +10,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::process::{Child, Command};
 use vellum_channel::{
-    ChannelExt, ClientCertificates, ErrorKind, Pem, Stream, Tls, TlsClient, TlsClientOptions, TlsIdentity,
-    TlsServer, TlsServerOptions, TlsVersions,
+    ChannelExt, ClientCertificates, ErrorKind, Interest, Pem, Stream, Tls, TlsClient, TlsClientOptions,
+    TlsIdentity, TlsServer, TlsServerOptions, TlsVersions,
 };
 
 /// A folder with what OpenSSL needs, and the issuer behind it.
@@ -207,6 +207,56 @@ async fn its_client_cannot_renegotiate() {
     // It gives up, since it is refused: nothing was read, and nothing hangs.
     assert!(!matches!(ended, Ok(1..)), "{ended:?}");
     soon(client.wait()).await.unwrap();
+}
+
+/// A line that begins with K has it change its keys and ask for the same. T01: a few such lines between data are nothing,
+/// a flood of them is an error.
+#[tokio::test]
+async fn its_client_floods_with_key_updates() {
+    let place = Place::new();
+    let listener = UnixListener::bind(place.socket()).unwrap();
+    let args = ["s_client", "-unix", "socket", "-servername", "server.test", "-CAfile", "ca.pem", "-tls1_3"];
+    let mut client = place.openssl(&args);
+    let (wire, _) = soon(listener.accept()).await.unwrap();
+    let server = TlsServer::new(server_of(&place.ca)).unwrap();
+    let mut channel = soon(server.accept(Stream::new(wire))).await.expect("content");
+    let mut lines = client.stdin.take().unwrap();
+    // It takes what it reads at once for one line: there is a pause behind each.
+    let pause = || tokio::time::sleep(Duration::from_millis(5));
+    for round in 0..40 {
+        if round > 0 {
+            lines.write_all(b"K\n").await.unwrap();
+            pause().await;
+        }
+        let mut data = [0; 5];
+        soon(async {
+            // Where it was too slow for the pause, the line is gone with the one before it.
+            let mut saying = lines.write_all(b"data\n").await;
+            while tokio::time::timeout(Duration::from_millis(500), channel.ready(Interest::READ))
+                .await
+                .is_err()
+            {
+                saying = lines.write_all(b"data\n").await;
+            }
+            saying.unwrap();
+            channel.read_exact(&mut data).await.unwrap();
+        })
+        .await;
+        assert_eq!(&data, b"data\n");
+        channel.write_all(b"yes\n").await.unwrap();
+        channel.flush().await.unwrap();
+    }
+    let flood = async {
+        while lines.write_all(b"K\n").await.is_ok() {
+            pause().await;
+        }
+    };
+    let mut rest = [0; 16];
+    let ended = soon(async {
+        tokio::select! { ended = channel.read(&mut rest) => ended, () = flood => panic!("it gave up first") }
+    })
+    .await;
+    refusal(ended, ErrorKind::Limit, &["the client", "TooManyKeyUpdateRequests"]);
 }
 
 /// Keys of every kind and in every form that its tools write.
