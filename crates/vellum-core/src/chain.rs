@@ -85,7 +85,8 @@ async fn read_sample(storage: &dyn Storage, offset: u64, len: u64, align: u64) -
 /// How a chain is opened.
 #[derive(Clone, Default)]
 pub struct ChainOptions {
-    /// Format of the top image; recognised by content if `None`.
+    /// Format of the top image; recognised by content if `None`. What no format claims is then read as raw, and not
+    /// written.
     pub format: Option<String>,
     /// Places of parents given by the user, nearest parent first.
     pub parents: Vec<Location>,
@@ -211,7 +212,11 @@ impl FormatRegistry {
         let open = async |write: bool| {
             let opened = resolver.open(name, &Asker::User, Access { write }).await?;
             let (format, snapshot) = (options.format.as_deref(), options.snapshot.as_deref());
-            self.open_image(resolver, opened, format, options, true, write, snapshot).await
+            let image = self.open_image(resolver, opened, format, options, true, write, snapshot).await?;
+            match write && image.raw_by_default {
+                true => Err(not_known_to_be_raw(&image.layer.location)),
+                false => Ok(image),
+            }
         };
         match options.write {
             WriteAccess::No => open(false).await,
@@ -434,6 +439,14 @@ impl Search<'_> {
             .found(format!("a child of {}", self.parent.describe()))
             .hint("name the parent with --parent FILE")
     }
+}
+
+/// What no format claims may be an image whose header is damaged, or of a format that we do not know: writing to it as
+/// raw would destroy it.
+fn not_known_to_be_raw(at: &Location) -> Error {
+    Error::new(Code::FormatRequired, "the file has the marks of no format, and is written only if it is said to be raw")
+        .image(at)
+        .hint("if it is a raw disk, say so with -f raw; else name the format, to learn what is wrong with the image")
 }
 
 fn check_cycle(images: &[OpenedImage], found: &OpenedImage) -> Result<()> {
