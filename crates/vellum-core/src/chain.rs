@@ -425,8 +425,26 @@ impl Search<'_> {
                 let have = have.map_or("no CID".to_owned(), |cid| format!("CID {cid:08x}"));
                 return differs(Code::ParentModified, modified, have, format!("CID {want:08x}"), hint);
             }
+            self.look_at_the_clock(&found);
         }
         Ok(found)
+    }
+
+    /// Warns if the parent seems to have been changed since the child was made. (VHD has nothing better than times. The one
+    /// that a child stores is that of the parent's file, or the one in the parent, depending on who made it.)
+    fn look_at_the_clock(&self, found: &OpenedImage) {
+        let Some(want) = self.parent.modified_unix else { return };
+        let of_file = found.storage.modified_ns().and_then(|ns| u64::try_from(ns / 1_000_000_000).ok());
+        let Some(of_file) = of_file else { return };
+        let known = [Some(of_file), found.layer.image.info().modified_unix];
+        // File systems of two-second steps, and writers that round.
+        if known.into_iter().flatten().all(|time| time.abs_diff(want) > 2) {
+            self.options.events.warn(&format!(
+                "{}: the parent {} may have been modified after the child was made: it was last changed {of_file} seconds \
+                 after 1970, the child expects {want} (copying a file can change this time, too)",
+                self.child.location, found.layer.location
+            ));
+        }
     }
 
     fn missing(&self, tried: &[String]) -> Error {
