@@ -148,6 +148,19 @@ fn a_comment_is_kept() {
     let dir = Dir::new();
     dir.vellum(&["create", "--comment", "für Ärzte", "a.vdi", "1M"]).exits(0);
     assert_eq!(dir.vellum(&["info", "--json", "a.vdi"]).json()["comment"], "für Ärzte");
+    for format in ["vdi", "vmdk"] {
+        let ran = dir.vellum(&["create", "--comment", "kept", "-O", format, "b", "1M", "--force"]).exits(0);
+        assert_eq!(ran.err, "", "{format}");
+    }
+    // Or it is said that it is not.
+    for format in ["raw", "vhd", "qcow2"] {
+        dir.vellum(&["create", "--comment", "lost", "-O", format, "b", "1M", "--force"])
+            .exits(0)
+            .says("keep no comment");
+    }
+    dir.vellum(&["create", "--comment", &"long".repeat(100), "-O", "vdi", "b", "1M", "--force"])
+        .exits(0)
+        .says("cut");
 }
 
 #[test]
