@@ -405,6 +405,17 @@ impl RawFile {
     }
 }
 
+/// After a failed flush, pages that never reached the disk may count as clean: whoever opened the file next would build on
+/// what the disk does not hold. So the kernel is asked to forget what it has cached, before the locks on the file go.
+impl Drop for RawFile {
+    fn drop(&mut self) {
+        if self.poison.get_mut().is_some() {
+            // A hint; where it is not taken nothing else can be done.
+            let _ = rustix::fs::fadvise(&self.fd, 0, None, rustix::fs::Advice::DontNeed);
+        }
+    }
+}
+
 impl Direct {
     fn suits(&self, bytes: *const u8, len: usize, offset: u64) -> bool {
         (offset | len as u64).is_multiple_of(self.alignment)

@@ -3,6 +3,7 @@
 mod common;
 
 use common::{DRIVERS, LoopDevice, Mounted, fresh, options, or_say_so, scratch};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vellum_core::{Buf, Code, Preallocate, Status, Storage, WriteFlags, ZeroMode};
@@ -313,7 +314,12 @@ fn a_flush_that_failed_stays_failed() {
         assert!(again.message().contains("earlier flush failed"), "{again:?}");
         file.write_at(Buf::zeroed(512), 0, WriteFlags::default()).wait().1.unwrap_err();
         file.zero(0..4096, ZeroMode::MayUnmap).wait().unwrap_err();
+        // Keeps the kernel's cache of the device alive.
+        let other = std::fs::File::open(&device.path).unwrap();
         drop(file);
+        let mut last = [9];
+        other.read_exact_at(&mut last, (16 << 20) - 1).unwrap();
+        assert_eq!(last, [0], "{driver:?}: who reads now gets what the disk holds");
         std::fs::remove_file(&backing).unwrap();
     }
 }

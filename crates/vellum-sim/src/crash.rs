@@ -332,6 +332,27 @@ mod tests {
     }
 
     #[test]
+    fn after_a_failed_flush_and_closing_the_file_is_what_the_disk_holds() {
+        let start = start(512);
+        let files = SimFiles::new(start.clone());
+        let disk = open(&files);
+        write(disk.as_ref(), 5, 512, 0);
+        disk.flush().wait().unwrap();
+        files.arm(crate::Fault::parse("flush.0.io.once"));
+        write(disk.as_ref(), 6, 1024, 0);
+        disk.flush().wait().unwrap_err();
+        assert_eq!(files.snapshot().get("f").unwrap().to_vec(), [6; 1024]);
+        drop(disk);
+        assert_eq!(files.snapshot().get("f").unwrap().to_vec(), [5; 512]);
+        write(open(&files).as_ref(), 7, 512, 512);
+        let trace = files.trace();
+        let crash = Crash::at(&trace, &start, trace.events.len());
+        let masks = masks(&crash.members, Depth { exhaustive: 8, samples: 0 }, &mut Random::new(1));
+        let first = |mask: &Mask| crash.state(mask).get("f").unwrap().to_vec()[0];
+        assert!(masks.len() > 1 && masks.iter().all(|mask| first(mask) == 5), "what was lost stays lost");
+    }
+
+    #[test]
     fn a_seed_replays_the_order_of_completion() {
         let order = |seed| {
             let files = SimFiles::new(start(4096));

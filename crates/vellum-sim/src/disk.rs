@@ -32,6 +32,14 @@ impl SimDisk {
     }
 }
 
+impl Drop for SimDisk {
+    fn drop(&mut self) {
+        if !self.is_read_only {
+            self.files.close(self.file);
+        }
+    }
+}
+
 impl Storage for SimDisk {
     fn name(&self) -> &str {
         &self.name

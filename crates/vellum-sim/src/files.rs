@@ -1,12 +1,15 @@
 //! [`SimFiles`]: a directory whose files record every operation.
 
 use crate::content::{Content, SECTOR};
+use crate::crash::Crash;
 use crate::disk::SimDisk;
 use crate::fault::{Fault, Faults};
+use crate::mask::Mask;
 use crate::names::{directory, join, not_found, resolve};
 use crate::random::Random;
-use crate::trace::{Event, FileId, FileSet, Op, OpKind, Trace};
+use crate::trace::{Event, FileId, FileSet, OnDisk, Op, OpKind, Trace};
 use parking_lot::Mutex;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use vellum_core::{
@@ -24,10 +27,14 @@ pub struct SimFiles {
 #[derive(Default)]
 pub(crate) struct State {
     set: FileSet,
+    /// The files when the trace began.
+    start: FileSet,
     trace: Trace,
     faults: Faults,
     scheduler: Option<Random>,
     pending: Vec<Pending>,
+    /// Files of which a flush failed while they are open.
+    doomed: BTreeSet<FileId>,
 }
 
 /// An operation that was issued and did not complete.
@@ -57,7 +64,7 @@ impl SimFiles {
     /// The files of `set`, with an empty trace.
     pub fn new(set: FileSet) -> Arc<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        let state = Mutex::new(State { set, ..State::default() });
+        let state = Mutex::new(State { start: set.clone(), set, ..State::default() });
         Arc::new(SimFiles { state, number: NEXT.fetch_add(1, Ordering::Relaxed) })
     }
 
@@ -73,7 +80,9 @@ impl SimFiles {
 
     /// Forgets what was recorded so far; returns it.
     pub fn take_trace(&self) -> Trace {
-        std::mem::take(&mut self.state.lock().trace)
+        let mut state = self.state.lock();
+        state.start = state.set.clone();
+        std::mem::take(&mut state.trace)
     }
 
     /// The number of events so far: a moment of the trace.
@@ -189,6 +198,15 @@ impl SimFiles {
         completion
     }
 
+    /// A file that was open for writing is closed. If a flush of it failed, its cache is given up: what that flush did
+    /// not save is gone from now on, whoever opens the file.
+    pub(crate) fn close(&self, file: FileId) {
+        let mut state = self.state.lock();
+        if state.doomed.remove(&file) {
+            state.reread(file);
+        }
+    }
+
     pub(crate) fn number(&self) -> u64 {
         self.number
     }
@@ -230,8 +248,22 @@ impl State {
         }
         clip(op);
         self.set.apply(op);
+        if op.kind == OpKind::Flush && fault.is_some() {
+            self.doomed.insert(op.file);
+        }
         self.trace.complete(number, fault.is_some());
         fault.map_or(Ok(()), |fault| Err(fault.error("a simulated file")))
+    }
+}
+
+impl State {
+    fn reread(&mut self, file: FileId) {
+        let now = Crash::at(&self.trace, &self.start, self.trace.events.len());
+        let on_disk = now.state(&Mask(Vec::new())).contents.get(file).cloned().unwrap_or_default();
+        // What is read from the disk is durable.
+        let op = self.trace.issue(file, OpKind::Reread(OnDisk(Arc::new(on_disk))), true);
+        self.set.apply(&self.trace.ops[op]);
+        self.trace.complete(op, false);
     }
 }
 

@@ -12,7 +12,8 @@
 //!
 //! The model of the disk (RELIABILITY.md section 3.1): operations between two flushes may persist in any subset, each
 //! torn at 512 bytes (and sectors with a checksum inside, too: [`Crash::garbling`]); the length of a file is separate from its content; names are durable after the directory is
-//! synchronised. A flush that fails saves nothing, and what was written before it may be lost for good.
+//! synchronised. A flush that fails saves nothing, and what was written before it may be lost for good; when the file
+//! is closed, it is what the disk holds, for then Vellum has the kernel forget what it has cached of it.
 
 #![forbid(unsafe_code)]
 
@@ -41,4 +42,4 @@ pub use oracle::{Allowed, Oracle};
 pub use random::Random;
 pub use request::{Request, RequestKind};
 pub use sector::{Tag, sector_bytes};
-pub use trace::{Event, FileId, FileSet, Op, OpKind, Trace};
+pub use trace::{Event, FileId, FileSet, OnDisk, Op, OpKind, Trace};

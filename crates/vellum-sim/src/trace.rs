@@ -34,6 +34,26 @@ pub enum OpKind {
     Delete(String),
     /// Name operations that were completed before become durable.
     SyncDirectory,
+    /// After a flush that failed, the cache is given up, and the file is what the disk holds.
+    Reread(OnDisk),
+}
+
+/// What the disk holds of a file.
+#[derive(Clone)]
+pub struct OnDisk(pub(crate) Arc<Content>);
+
+impl PartialEq for OnDisk {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.hash() == other.0.hash()
+    }
+}
+
+impl Eq for OnDisk {}
+
+impl std::fmt::Debug for OnDisk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes", self.0.len())
+    }
 }
 
 impl OpKind {
@@ -179,6 +199,7 @@ impl FileSet {
                     }
                     OpKind::Zero(range) | OpKind::Discard(range) => content.zero(range.clone()),
                     OpKind::SetLen(len) => content.set_len(*len),
+                    OpKind::Reread(on_disk) => *content = on_disk.0.as_ref().clone(),
                     _ => {}
                 }
             }
