@@ -86,8 +86,16 @@ const BIGS: &[Big] = &[
         format: "vmdk",
         options: &[],
         size: 2 * TIB - (64 << 10),
-        // 32 MiB-1 grains: tables and directory, and their copies, which are compared before a table is believed.
-        table_bytes: 2 * 129 * MIB,
+        // The directory and its copy. The tables, 256 MiB with theirs, lie in holes.
+        table_bytes: MIB,
+    },
+    Big {
+        name: "vmdk split sparse",
+        format: "vmdk",
+        options: &[("subformat", "twoGbMaxExtentSparse"), ("extent_size", "1T")],
+        size: 64 * TIB,
+        // Directories of 2 097 152 tables, and their copies: 16 MiB; and some 100 KiB to open each of 64 files.
+        table_bytes: 24 * MIB,
     },
     Big {
         name: "vmdk flat",

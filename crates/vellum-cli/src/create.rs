@@ -6,7 +6,7 @@ use crate::terminal::Terminal;
 use crate::text::{clean, exact_size};
 use clap::Args;
 use serde::Serialize;
-use vellum::{ChainOptions, CreateDiskRequest, CreateReport, DiskTraits, ParentRequest};
+use vellum::{ChainOptions, CreateDiskRequest, CreateReport, DiskTraits, ParentRequest, Vellum};
 
 const AFTER_HELP: &str = "\
 Sizes are whole numbers with an optional binary suffix: 512, 64K, 10G, 2T.
@@ -99,6 +99,7 @@ pub fn run(args: &CreateArgs, terminal: &Terminal) -> Result<(), Failure> {
         parent,
     })?;
     note_parent(args, &made, terminal);
+    warn_of_lost_comment(args, &vellum, name, terminal);
     if terminal.wants_json() {
         return terminal.json(&Report {
             image: &args.target,
@@ -117,6 +118,21 @@ pub fn run(args: &CreateArgs, terminal: &Terminal) -> Result<(), Failure> {
             None => writeln!(out),
         }
     })
+}
+
+/// Not every format has room for a comment, or for so long a one.
+fn warn_of_lost_comment(args: &CreateArgs, vellum: &Vellum, format: &str, terminal: &Terminal) {
+    if args.comment.is_empty() {
+        return;
+    }
+    let made = vellum.open_alone(&args.target, &args.files.options(Some(format), terminal));
+    if made.is_ok_and(|made| made.layer.image.info().comment != args.comment) {
+        let what = format!(
+            "{}: {format} images keep no comment, or none so long; it was left out or cut",
+            args.target
+        );
+        terminal.warn(&what);
+    }
 }
 
 /// What the user may not expect of the parent.

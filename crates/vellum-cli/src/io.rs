@@ -99,6 +99,8 @@ pub fn run(args: &IoArgs, terminal: &Terminal) -> Result<ExitStatus, Failure> {
         match failure {
             // The first error is the cause.
             Failure::Error(error) if seen.failed.is_none() => seen.fail(error),
+            // But what came after it may have gone well, and be lost now.
+            Failure::Error(error) if args.keep_going => terminal.warn(&format!("closing the disk: {error}")),
             Failure::Error(_) => {}
             other => return Err(other),
         }

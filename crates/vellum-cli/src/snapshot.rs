@@ -31,8 +31,12 @@ pub struct SnapshotArgs {
 #[derive(Subcommand)]
 enum Action {
     /// List the snapshots of an image, oldest first
+    #[command(
+        after_help = "Examples:\n  vellum snapshot list disk.qcow2\n  vellum snapshot list --json disk.qcow2"
+    )]
     List(ImageArgs),
     /// Keep the present state
+    #[command(after_help = "Examples:\n  vellum snapshot create disk.qcow2 before-upgrade")]
     Create {
         #[command(flatten)]
         image: ImageArgs,
@@ -40,6 +44,9 @@ enum Action {
         name: String,
     },
     /// Make the disk what it was; what it is now is lost
+    #[command(
+        after_help = "Examples:\n  vellum snapshot apply disk.qcow2 before-upgrade\n  vellum snapshot apply --yes disk.qcow2 1"
+    )]
     Apply {
         #[command(flatten)]
         image: ImageArgs,
@@ -50,6 +57,9 @@ enum Action {
         yes: bool,
     },
     /// Delete a snapshot
+    #[command(
+        after_help = "Examples:\n  vellum snapshot delete disk.qcow2 before-upgrade\n  vellum snapshot delete --yes disk.qcow2 1"
+    )]
     Delete {
         #[command(flatten)]
         image: ImageArgs,

@@ -11,9 +11,17 @@ fn help_and_version_go_to_standard_output() {
     let dir = Dir::new();
     dir.vellum(&["--version"]).exits(0).shows(env!("CARGO_PKG_VERSION"));
     let help = dir.vellum(&["--help"]).exits(0).shows("Exit codes:");
-    for verb in ["info", "create", "convert", "compare", "map", "digest", "formats"] {
+    let verbs = [
+        "info", "create", "convert", "compare", "map", "digest", "check", "repair", "snapshot", "io",
+        "bench", "channel", "formats",
+    ];
+    for verb in verbs {
         assert!(help.out.contains(verb));
         dir.vellum(&[verb, "--help"]).exits(0).shows("Examples:").shows(&format!("vellum {verb}"));
+    }
+    for action in ["list", "create", "apply", "delete"] {
+        let help = dir.vellum(&["snapshot", action, "--help"]).exits(0).shows("Examples:");
+        assert!(help.out.contains(&format!("  vellum snapshot {action} ")), "{help:?}");
     }
 }
 

@@ -111,10 +111,56 @@ fn reproducible_images_are_the_same_and_others_are_not() {
 }
 
 #[test]
+fn preallocated_images_have_their_space_from_the_beginning() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = Dir::new();
+    dir.raw_disk("source.img", 8);
+    let allocated = |name: &str| dir.path(name).metadata().unwrap().blocks() * 512;
+    for (format, more, holder) in [
+        ("raw", "", ""),
+        ("vdi", "variant=fixed", ""),
+        ("vhd", "subformat=fixed", ""),
+        ("qcow2", "", ""),
+        ("qcow2", "extended_l2=on,cluster_size=16k", ""),
+        ("qcow2", "data_file=data", "data"),
+    ] {
+        for mode in ["falloc", "full"] {
+            let mut options = vec!["--force", "-O", format, "--preallocation", mode];
+            if !more.is_empty() {
+                options.extend(["-o", more]);
+            }
+            let holder = if holder.is_empty() { "disk" } else { holder };
+            dir.vellum(&[&["create", "disk", "8M"], &options[..]].concat()).exits(0);
+            assert!(allocated(holder) >= 8 << 20, "created {format} {more} {mode}: {}", allocated(holder));
+            let source = ["convert", "-f", "raw", "source.img", "disk"];
+            dir.vellum(&[&source, &options[..]].concat()).exits(0);
+            assert!(allocated(holder) >= 8 << 20, "converted {format} {more} {mode}: {}", allocated(holder));
+            assert_eq!(dir.digest("disk"), dir.digest("source.img"), "{format} {more} {mode}");
+            if format == "qcow2" {
+                dir.qemu_img(&["check", "-q", "disk"]);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_comment_is_kept() {
     let dir = Dir::new();
     dir.vellum(&["create", "--comment", "für Ärzte", "a.vdi", "1M"]).exits(0);
     assert_eq!(dir.vellum(&["info", "--json", "a.vdi"]).json()["comment"], "für Ärzte");
+    for format in ["vdi", "vmdk"] {
+        let ran = dir.vellum(&["create", "--comment", "kept", "-O", format, "b", "1M", "--force"]).exits(0);
+        assert_eq!(ran.err, "", "{format}");
+    }
+    // Or it is said that it is not.
+    for format in ["raw", "vhd", "qcow2"] {
+        dir.vellum(&["create", "--comment", "lost", "-O", format, "b", "1M", "--force"])
+            .exits(0)
+            .says("keep no comment");
+    }
+    dir.vellum(&["create", "--comment", &"long".repeat(100), "-O", "vdi", "b", "1M", "--force"])
+        .exits(0)
+        .says("cut");
 }
 
 #[test]

@@ -126,6 +126,20 @@ fn a_disk_that_is_opened_for_reading_does_not_change() {
 }
 
 #[test]
+fn what_no_format_claims_is_written_only_if_it_is_said_to_be_raw() {
+    let dir = Dir::new();
+    let before = dir.raw_disk("a", 2);
+    dir.io("a", &["-r"], &["read 0 512"]).exits(0).says("-f raw");
+    dir.io("a", &[], &["write 0 512"]).exits(5).says("-f raw");
+    let error = dir.io("a", &["--json"], &["write 0 512"]).exits(5).any_json();
+    assert_eq!(error["error"]["code"], "FORMAT_REQUIRED");
+    dir.vellum(&["bench", "--write", "--force", "-n", "1", "a"]).exits(5).says("-f raw");
+    assert!(dir.read("a") == before);
+    dir.io("a", &["-f", "raw"], &["write -P 7 0 512"]).exits(0);
+    assert!(dir.read("a")[..512] == [7; 512]);
+}
+
+#[test]
 fn commands_come_from_standard_input_too() {
     let dir = Dir::new();
     dir.vellum(&["create", "-q", "a.qcow2", "4M"]).exits(0);

@@ -65,6 +65,8 @@ impl Subject {
 
     fn open(&self, files: &Arc<SimFiles>, write: Option<u64>) -> vellum_core::Result<Disk> {
         let mut options = ChainOptions { events: Events::new(|_| ()), ..ChainOptions::default() };
+        // Everything else must be recognisable whatever a power loss leaves.
+        options.format = (self.format.name() == "raw").then(|| "raw".to_owned());
         if let Some(seed) = write {
             options.write = WriteAccess::Yes;
             options.providers = Some(Providers::seeded(u128::from(seed) << 3 | 5, 1_700_000_000));

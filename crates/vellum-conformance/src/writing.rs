@@ -33,6 +33,8 @@ pub struct Bench {
     registry: FormatRegistry,
     files: Arc<MemoryFiles>,
     path: String,
+    /// Format of the image; `None` where it must be recognised. (A raw image that is not named as one is not written.)
+    format: Option<String>,
     flags: OpenFlags,
     counting: Arc<CountingFiles>,
     disk: Disk,
@@ -66,9 +68,10 @@ impl Bench {
         };
         create(format, files, path, recipe, size, link)?;
         let counting = Arc::new(CountingFiles::new(files.clone()));
-        let disk = open(&registry, &counting, path, flags)?;
+        let format = Some(format.name().to_owned());
+        let disk = open(&registry, &counting, path, &format, flags)?;
         let path = path.to_owned();
-        Ok(Bench { registry, files: files.clone(), path, flags, counting, disk, model, writes: 0 })
+        Ok(Bench { registry, files: files.clone(), path, format, flags, counting, disk, model, writes: 0 })
     }
 
     /// The disk of the image at `path` of `files`, which somebody made, and whose content is `model`.
@@ -81,9 +84,9 @@ impl Bench {
     ) -> Result<Self> {
         let registry = FormatRegistry::new(formats);
         let counting = Arc::new(CountingFiles::new(files.clone()));
-        let disk = open(&registry, &counting, path, flags)?;
-        let path = path.to_owned();
-        Ok(Bench { registry, files: files.clone(), path, flags, counting, disk, model, writes: 0 })
+        let disk = open(&registry, &counting, path, &None, flags)?;
+        let (path, format) = (path.to_owned(), None);
+        Ok(Bench { registry, files: files.clone(), path, format, flags, counting, disk, model, writes: 0 })
     }
 
     /// The open disk.
@@ -166,7 +169,7 @@ impl Bench {
     pub fn reopen(&mut self) {
         let told = marks(&self.disk);
         self.disk.close().wait().unwrap();
-        self.disk = open(&self.registry, &self.counting, &self.path, self.flags).unwrap();
+        self.disk = open(&self.registry, &self.counting, &self.path, &self.format, self.flags).unwrap();
         assert_eq!(marks(&self.disk), told, "identities in the file, and those that were told");
     }
 
@@ -181,7 +184,7 @@ impl Bench {
         let told = marks(&self.disk);
         self.disk.close().wait().unwrap();
         let resolver: Arc<dyn Resolver> = self.files.clone();
-        let options = options(OpenFlags::default(), false);
+        let options = options(&self.format, OpenFlags::default(), false);
         let (disk, _) = block_on(self.registry.open_chain(&resolver, &self.path, &options)).unwrap();
         assert_eq!(marks(&disk), told, "identities in the file, and those that were told");
         self.compare(&disk, "the closed image");
@@ -278,8 +281,9 @@ fn marks(disk: &Disk) -> (Identity, Vec<Property>) {
     (info.identity, properties.cloned().collect())
 }
 
-fn options(flags: OpenFlags, write: bool) -> ChainOptions {
+fn options(format: &Option<String>, flags: OpenFlags, write: bool) -> ChainOptions {
     let mut options = ChainOptions {
+        format: format.clone(),
         write: if write { WriteAccess::Yes } else { WriteAccess::No },
         providers: Some(Providers::seeded(44, 1_700_000_100)),
         ..ChainOptions::default()
@@ -292,9 +296,10 @@ fn open(
     registry: &FormatRegistry,
     counting: &Arc<CountingFiles>,
     path: &str,
+    format: &Option<String>,
     flags: OpenFlags,
 ) -> Result<Disk> {
     let resolver: Arc<dyn Resolver> = counting.clone();
-    let (disk, _) = block_on(registry.open_chain(&resolver, path, &options(flags, true)))?;
+    let (disk, _) = block_on(registry.open_chain(&resolver, path, &options(format, flags, true)))?;
     Ok(disk)
 }

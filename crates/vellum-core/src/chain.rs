@@ -85,7 +85,8 @@ async fn read_sample(storage: &dyn Storage, offset: u64, len: u64, align: u64) -
 /// How a chain is opened.
 #[derive(Clone, Default)]
 pub struct ChainOptions {
-    /// Format of the top image; recognised by content if `None`.
+    /// Format of the top image; recognised by content if `None`. What no format claims is then read as raw, and not
+    /// written.
     pub format: Option<String>,
     /// Places of parents given by the user, nearest parent first.
     pub parents: Vec<Location>,
@@ -211,7 +212,11 @@ impl FormatRegistry {
         let open = async |write: bool| {
             let opened = resolver.open(name, &Asker::User, Access { write }).await?;
             let (format, snapshot) = (options.format.as_deref(), options.snapshot.as_deref());
-            self.open_image(resolver, opened, format, options, true, write, snapshot).await
+            let image = self.open_image(resolver, opened, format, options, true, write, snapshot).await?;
+            match write && image.raw_by_default {
+                true => Err(not_known_to_be_raw(&image.layer.location)),
+                false => Ok(image),
+            }
         };
         match options.write {
             WriteAccess::No => open(false).await,
@@ -420,8 +425,26 @@ impl Search<'_> {
                 let have = have.map_or("no CID".to_owned(), |cid| format!("CID {cid:08x}"));
                 return differs(Code::ParentModified, modified, have, format!("CID {want:08x}"), hint);
             }
+            self.look_at_the_clock(&found);
         }
         Ok(found)
+    }
+
+    /// Warns if the parent seems to have been changed since the child was made. (VHD has nothing better than times. The one
+    /// that a child stores is that of the parent's file, or the one in the parent, depending on who made it.)
+    fn look_at_the_clock(&self, found: &OpenedImage) {
+        let Some(want) = self.parent.modified_unix else { return };
+        let of_file = found.storage.modified_ns().and_then(|ns| u64::try_from(ns / 1_000_000_000).ok());
+        let Some(of_file) = of_file else { return };
+        let known = [Some(of_file), found.layer.image.info().modified_unix];
+        // File systems of two-second steps, and writers that round.
+        if known.into_iter().flatten().all(|time| time.abs_diff(want) > 2) {
+            self.options.events.warn(&format!(
+                "{}: the parent {} may have been modified after the child was made: it was last changed {of_file} seconds \
+                 after 1970, the child expects {want} (copying a file can change this time, too)",
+                self.child.location, found.layer.location
+            ));
+        }
     }
 
     fn missing(&self, tried: &[String]) -> Error {
@@ -434,6 +457,14 @@ impl Search<'_> {
             .found(format!("a child of {}", self.parent.describe()))
             .hint("name the parent with --parent FILE")
     }
+}
+
+/// What no format claims may be an image whose header is damaged, or of a format that we do not know: writing to it as
+/// raw would destroy it.
+fn not_known_to_be_raw(at: &Location) -> Error {
+    Error::new(Code::FormatRequired, "the file has the marks of no format, and is written only if it is said to be raw")
+        .image(at)
+        .hint("if it is a raw disk, say so with -f raw; else name the format, to learn what is wrong with the image")
 }
 
 fn check_cycle(images: &[OpenedImage], found: &OpenedImage) -> Result<()> {

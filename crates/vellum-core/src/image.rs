@@ -115,6 +115,8 @@ pub struct ImageInfo {
     pub parent: Option<ParentRef>,
     /// How a child recognises this image.
     pub identity: Identity,
+    /// When the image says that its content was last changed, in seconds since 1970.
+    pub modified_unix: Option<u64>,
     /// Comment or description.
     pub comment: String,
     /// Physical geometry, if stored.
@@ -283,6 +285,9 @@ pub struct ParentRef {
     pub format: Option<String>,
     /// What the parent must say of itself. Fields that are `None` are not compared.
     pub expected: Identity,
+    /// When the parent was last changed, in seconds since 1970, as far as the child knows. Clocks and copies make this a
+    /// hint, so that a difference is a warning.
+    pub modified_unix: Option<u64>,
 }
 
 /// One place where a parent may be.

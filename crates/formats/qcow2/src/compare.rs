@@ -102,16 +102,19 @@ impl<'a> Compare<'a> {
         let table = &self.checker.table;
         let first = table.covers(table.index_of(stretch.start)).start;
         for part in chunks(stretch) {
-            let cells = tally.cells(&part);
-            if cells.is_none() && block.is_none() {
+            let Some(block) = block else {
+                for (cluster, cell) in tally.counted(&part) {
+                    self.one(tally, cluster, cell, None, report, found);
+                }
                 continue;
-            }
+            };
+            let cells = tally.cells(&part);
             for (index, cluster) in part.enumerate() {
                 let cell = cells.as_ref().and_then(|cells| cells.get(index)).copied().unwrap_or_default();
                 let place = usize::try_from(cluster.saturating_sub(first)).unwrap_or(usize::MAX);
-                let stored = block.map(|block| counts::get(block, table.order, place).unwrap_or(0));
-                if stored.unwrap_or(0) > 0 || cell != Cell::default() {
-                    self.one(tally, cluster, cell, stored, report, found);
+                let stored = counts::get(block, table.order, place).unwrap_or(0);
+                if stored > 0 || cell != Cell::default() {
+                    self.one(tally, cluster, cell, Some(stored), report, found);
                 }
             }
         }
@@ -169,8 +172,8 @@ impl<'a> Compare<'a> {
         while let Some(start) = tally.next_counted(at, range.end) {
             let end = start.saturating_add(1).checked_next_multiple_of(CHUNK);
             at = end.unwrap_or(u64::MAX).min(range.end);
-            for cluster in start..at {
-                let cell = tally.cell(cluster);
+            // Most of a chunk is empty: looking up each of its clusters took most of the time of checking a damaged image.
+            for (cluster, cell) in tally.counted(&(start..at)) {
                 if !(cell.seen_copied || cell.seen_plain) {
                     continue;
                 }

@@ -6,7 +6,7 @@ use crate::header::{
     AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, COMPRESSION_ZLIB, COMPRESSION_ZSTD, INCOMPAT_COMPRESSION,
     INCOMPAT_DATA_FILE, INCOMPAT_EXTENDED_L2, MAGIC, RawHeader, V2_LEN, V3_LEN,
 };
-use crate::refcount::{Allocator, RefcountTable};
+use crate::refcount::{self, Allocator, RefcountTable};
 use std::sync::Arc;
 use vellum_core::{
     BoxFuture, Code, CreateRequest, Error, ImageWriter, MetaWrite, OptionKind, OptionSpec, Payload, Place,
@@ -39,7 +39,7 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
         "preallocation",
         OptionKind::OneOf(&["off", "metadata", "falloc", "full"]),
         "off",
-        "allocate all clusters",
+        "allocate all clusters; falloc and full reserve their space, too, full by writing zeros",
     ),
     expert("extended_l2", OptionKind::Flag, "off", "32 subclusters for each cluster (of 16 KiB or more)"),
     expert(
@@ -209,6 +209,16 @@ impl Design {
     fn clusters(&self) -> Result<u64> {
         bytes::div_ceil(self.size, self.cluster)
     }
+
+    /// Bytes of the finished image file, if every cluster gets its place.
+    fn dense_file_len(&self) -> Result<u64> {
+        let data = if self.data_file.is_some() { 0 } else { self.clusters()? };
+        let l1 = bytes::div_ceil(bytes::mul(self.l1_entries()?, 8)?, self.cluster)?;
+        let l2 = bytes::div_ceil(self.clusters()?, self.l2_entries()?)?;
+        let header = 1u64;
+        let counted = bytes::add(bytes::add(header, l1)?, bytes::add(l2, data)?)?;
+        bytes::mul(refcount::with_refcounts(counted, self.cluster, self.refcount_order)?, self.cluster)
+    }
 }
 
 pub(crate) async fn create(request: CreateRequest) -> Result<Box<dyn ImageWriter>> {
@@ -231,6 +241,14 @@ pub(crate) async fn create(request: CreateRequest) -> Result<Box<dyn ImageWriter
     space.clusters(design.cluster, &mut writes)?;
     let l1_offset = space.clusters(bytes::mul(l1_entries, 8)?, &mut writes)?;
     write_all(&storages, writes).await?;
+    if design.preallocate != Preallocate::Off {
+        // Before anything is written: only what a file gains by growing can be reserved, and a host that has no room
+        // says so at once. (With a data file, that is where the guest's data goes.)
+        let lens = [design.dense_file_len()?, design.size];
+        for (storage, len) in storages.iter().zip(lens) {
+            set_len(storage.as_ref(), len, design.preallocate).await?;
+        }
+    }
     let shape = WriterShape {
         block_size: design.cluster,
         codec,
@@ -357,7 +375,7 @@ impl Writer {
         write_all(&self.storages, writes).await?;
         for (index, storage) in self.storages.iter().enumerate() {
             let len = if index == 0 { self.space.next() } else { self.design.size };
-            set_len(storage.as_ref(), len, self.design.preallocate).await?;
+            set_len(storage.as_ref(), len, Preallocate::Off).await?;
         }
         let header = MetaWrite { storage: 0, offset: 0, bytes: self.header(&refcounts)? };
         write_all(&self.storages, vec![header]).await

@@ -170,6 +170,21 @@ impl Allocator {
     }
 }
 
+/// How many clusters `counted` ones become with the refcount blocks and the table that count them and themselves.
+pub(crate) fn with_refcounts(counted: u64, cluster: u64, order: u32) -> Result<u64> {
+    let per_block = Allocator::new(cluster, order)?.per_block;
+    let mut blocks = 1;
+    loop {
+        let table = bytes::div_ceil(bytes::mul(blocks, 8)?, cluster)?;
+        let all = bytes::add(counted, bytes::add(blocks, table)?)?;
+        let needed = bytes::div_ceil(all, per_block)?;
+        if needed <= blocks {
+            return Ok(all);
+        }
+        blocks = needed;
+    }
+}
+
 /// Puts count number `index` into a block: big-endian, narrow ones from the least significant end of each byte.
 fn put(block: &mut [u8], order: u32, index: usize, count: u64) {
     let wide = count.to_be_bytes();
@@ -212,6 +227,26 @@ mod tests {
             (0..6).for_each(|index| put(&mut block, order as u32, index, 1));
             assert_eq!(&block[..bytes.len()], *bytes, "order {order}");
             assert!(block[bytes.len()..].iter().all(|b| *b == 0));
+        }
+    }
+
+    #[test]
+    fn what_is_reserved_is_what_the_allocator_takes() {
+        let cases = [(512, 6), (512, 0), (4096, 4), (65536, 4)];
+        for (cluster, order) in cases {
+            for clusters in (1..400).chain([4095, 4096, 30_000]) {
+                let mut allocator = Allocator::new(cluster, order).unwrap();
+                let mut writes = Vec::new();
+                for _ in 0..clusters {
+                    allocator.clusters(cluster, &mut writes).unwrap();
+                }
+                allocator.finish(&mut writes).unwrap();
+                assert_eq!(
+                    with_refcounts(clusters, cluster, order).unwrap() * cluster,
+                    allocator.next(),
+                    "{clusters} clusters of {cluster} bytes, refcount order {order}"
+                );
+            }
         }
     }
 

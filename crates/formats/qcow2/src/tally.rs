@@ -150,6 +150,23 @@ impl Tally {
         Some((at..at.saturating_add(len)).map(|at| Cell::from_raw(chunk.get(at))).collect())
     }
 
+    /// The clusters of a range that does not reach out of its chunk of which anything is known.
+    pub fn counted(&self, range: &Range<u64>) -> Vec<(u64, Cell)> {
+        let (key, at) = place(range.start);
+        let Some(chunk) = self.chunks.get(&key) else { return Vec::new() };
+        let known = |(cluster, raw): (u64, u32)| (raw != 0).then(|| (cluster, Cell::from_raw(raw)));
+        match &chunk.cells {
+            Cells::Narrow(cells) => range
+                .clone()
+                .zip(cells.iter().skip(at).map(|raw| u32::from(*raw)))
+                .filter_map(known)
+                .collect(),
+            Cells::Wide(cells) => {
+                range.clone().zip(cells.iter().skip(at).copied()).filter_map(known).collect()
+            }
+        }
+    }
+
     /// The first cluster from `from` on, before `until`, that belongs to a chunk with counts.
     pub fn next_counted(&self, from: u64, until: u64) -> Option<u64> {
         let (key, _) = place(from);

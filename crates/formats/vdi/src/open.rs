@@ -79,7 +79,7 @@ fn describe(request: &OpenRequest, header: &Header, file_len: u64) -> Result<Ima
             modification: present(header.uuid_parent_modify),
             cid: None,
         };
-        info.parent = Some(ParentRef { hints: Vec::new(), format: None, expected });
+        info.parent = Some(ParentRef { expected, ..ParentRef::default() });
     }
     properties(&mut info, header);
     info.warnings = oddities(header);

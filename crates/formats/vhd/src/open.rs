@@ -248,7 +248,9 @@ async fn describe_dynamic(
         info.property("parentTimestamp", unix_time(dynamic.parent_timestamp.get()));
         let hints = locator::hints(request.storage.as_ref(), ends.len, dynamic, at, info).await?;
         let expected = Identity { uuid: Some(Uuid(dynamic.parent_unique_id)), ..Identity::default() };
-        info.parent = Some(ParentRef { hints, format: None, expected });
+        let stamp = dynamic.parent_timestamp.get();
+        let modified_unix = (stamp != 0).then(|| unix_time(stamp));
+        info.parent = Some(ParentRef { hints, format: None, expected, modified_unix });
     }
     Ok(())
 }
@@ -379,6 +381,7 @@ fn describe(request: &OpenRequest, found: &Found, disk_type: DiskType) -> ImageI
         name: request.location.0.clone(),
         virtual_size,
         identity: Identity { uuid: Some(Uuid(footer.unique_id)), ..Identity::default() },
+        modified_unix: Some(unix_time(footer.timestamp.get())),
         pchs: (chs.cylinders != 0 && chs.heads != 0 && chs.sectors != 0).then_some(chs),
         dirty: found.torn.clone(),
         ..ImageInfo::default()

@@ -60,6 +60,7 @@ impl VhdImage {
         }
         let mut info = self.info.clone();
         info.change_property("timestamp", unix_time(footer.timestamp.get()));
+        info.modified_unix = Some(unix_time(footer.timestamp.get()));
         writing.told.get_or_init(|| info);
         Ok(())
     }

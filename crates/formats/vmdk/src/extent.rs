@@ -5,6 +5,7 @@ use crate::grain::{Framing, stored_max};
 use crate::header::{Cowd, ESX_GTES, Hosted, SECTOR, SESPARSE_GRAIN, SeSparse};
 use crate::problem;
 use crate::tables::{Held, Stop, Tables};
+use crate::unwritten::Unwritten;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vellum_core::bytes::{add, div, div_ceil, mul, rem};
@@ -38,6 +39,8 @@ pub(crate) struct SparseExtent {
     pub reserved: Vec<Range<u64>>,
     /// What is known of grain tables that differ from their redundant copies.
     pub disputes: Disputes,
+    /// Where tables were never written. Stays empty in an image that is written.
+    pub unwritten: Unwritten,
     /// The warning about the use of a redundant table was given.
     warned_redundant: AtomicBool,
     /// The warning about a short grain was given.
@@ -77,6 +80,7 @@ pub(crate) struct Found {
 #[derive(Default)]
 pub(crate) struct Cursor {
     directory: Held,
+    redundant_directory: Held,
     table: Held,
     /// Number and byte offset of the grain table last used; `None` for a missing table.
     last: Option<(u64, Option<u64>)>,
@@ -102,6 +106,7 @@ impl SparseExtent {
             has_sound_directories: h.has_sound_directories,
             reserved: Vec::new(),
             disputes: Disputes::default(),
+            unwritten: Unwritten::default(),
             warned_redundant: AtomicBool::new(false),
             warned_short: AtomicBool::new(false),
         })
@@ -125,6 +130,7 @@ impl SparseExtent {
             has_sound_directories: true,
             reserved: Vec::new(),
             disputes: Disputes::default(),
+            unwritten: Unwritten::default(),
             warned_redundant: AtomicBool::new(false),
             warned_short: AtomicBool::new(false),
         })
@@ -148,6 +154,7 @@ impl SparseExtent {
             has_sound_directories: true,
             reserved: Vec::new(),
             disputes: Disputes::default(),
+            unwritten: Unwritten::default(),
             warned_redundant: AtomicBool::new(false),
             warned_short: AtomicBool::new(false),
         })
@@ -229,7 +236,12 @@ impl SparseExtent {
     ) -> Result<Option<u64>, Stop> {
         let base = self.table(tables, cursor, table, events)?;
         if let Some(base) = base {
-            if self.rgd.is_some() && !self.disputes.is_agreed(table) {
+            if let Some(rgd) = self.rgd
+                && !self.disputes.is_agreed(table)
+            {
+                if self.is_unwritten(tables, cursor, (base, rgd), table)? {
+                    return Ok(None);
+                }
                 return Err(Stop::Compare(table));
             }
             if base > 0 && rem(base, SECTOR)? == 0 {
@@ -237,6 +249,24 @@ impl SparseExtent {
             }
         }
         Ok(base)
+    }
+
+    /// Whether table number `table` at `base`, and its copy, are known to hold nothing but zeros without being read.
+    fn is_unwritten(
+        &self,
+        tables: &Tables,
+        cursor: &mut Cursor,
+        (base, rgd): (u64, u64),
+        table: u64,
+    ) -> Result<bool, Stop> {
+        let bytes = self.table_bytes()?;
+        if !self.unwritten.has_table(base, bytes) {
+            return Ok(false);
+        }
+        let at = add(rgd, mul(table, self.entry_bytes())?)?;
+        let held = &mut cursor.redundant_directory;
+        let value = tables.entry(held, self.file, at, self.entry_bytes()).map_err(named(self))?;
+        Ok(matches!(self.table_place(value), Ok(Some(copy)) if self.unwritten.has_copy(copy, bytes)))
     }
 
     /// The byte offset of grain table number `table`; `None` if there is none.

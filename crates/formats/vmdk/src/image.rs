@@ -64,7 +64,13 @@ impl VmdkImage {
     }
 
     pub(crate) fn lookups(&self, part: &Part) -> Lookups<'_> {
-        Lookups { tables: &self.tables, events: &self.events, zlib: &self.zlib, extent_start: part.start }
+        Lookups {
+            tables: &self.tables,
+            events: &self.events,
+            zlib: &self.zlib,
+            extent_start: part.start,
+            is_written: self.writer.is_some(),
+        }
     }
 }
 

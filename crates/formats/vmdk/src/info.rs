@@ -125,6 +125,7 @@ fn parent(descriptor: &Descriptor) -> Result<Option<ParentRef>> {
         // Only a VMDK has a content id; VirtualBox links images of different formats by UUID.
         format: (uuid.is_none()).then(|| NAME.to_owned()),
         expected: Identity { uuid, modification, cid },
+        ..ParentRef::default()
     }))
 }
 

@@ -70,6 +70,7 @@ mod session;
 mod sparse;
 mod stream;
 mod tables;
+mod unwritten;
 mod write;
 
 use std::sync::Arc;

@@ -24,6 +24,8 @@ pub(crate) struct Lookups<'a> {
     pub zlib: &'a Arc<dyn Codec>,
     /// Byte of the disk where the extent begins.
     pub extent_start: u64,
+    /// The disk was opened for writing.
+    pub is_written: bool,
 }
 
 impl Lookups<'_> {
@@ -40,14 +42,16 @@ impl Lookups<'_> {
     pub(crate) async fn load(&self, extent: &SparseExtent, start: u64) -> Result<()> {
         let number = div(start, extent.grain)?;
         // A lookup needs at most four tables: directory and table, and the redundant copy of either.
+        let name = |e: vellum_core::Error| e.image(&extent.name);
         for _ in 0..10 {
             match extent.grain(self.tables, &mut Cursor::default(), number, self.events) {
                 Ok(_) => return Ok(()),
-                Err(Stop::Miss(page)) => self.tables.load(page).await.map_err(|e| e.image(&extent.name))?,
-                Err(Stop::Compare(table)) => extent
-                    .compare(self.tables, table, self.events)
-                    .await
-                    .map_err(|e| e.image(&extent.name))?,
+                Err(Stop::Miss(page)) => self.tables.load(page).await.map_err(name)?,
+                Err(Stop::Compare(table)) => {
+                    if self.is_written || !extent.look_for_holes(self.tables, table).await.map_err(name)? {
+                        extent.compare(self.tables, table, self.events).await.map_err(name)?;
+                    }
+                }
                 Err(Stop::Bad(error)) => return Err(error),
             }
         }
