@@ -5,9 +5,9 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 use vellum_channel::{
-    Buffer, Channel, Faulty, FaultyOptions, File, Observe, Pair, Pem, Rate, Shared, Socket, Stream, Throttle,
-    Timeout, TimeoutOptions, Tls, TlsClient, TlsClientOptions, TlsIdentity, TlsServer, TlsServerOptions,
-    WebSocket, WebSocketOptions,
+    Buffer, Channel, Command, Direction, Faulty, FaultyOptions, File, Observe, Pair, Pem, Rate, Shared,
+    Socket, Stream, Throttle, Timeout, TimeoutOptions, Tls, TlsClient, TlsClientOptions, TlsIdentity,
+    TlsServer, TlsServerOptions, WebSocket, WebSocketOptions,
 };
 use vellum_conformance::channel::{End, Subject, Traits, passes, passes_as_whole};
 
@@ -78,6 +78,45 @@ fn tcp_over_ipv6() {
 #[test]
 fn unix() {
     passes(&Subject::new("unix", Traits::default(), || async { Ok(boxed(Socket::pair()?)) }));
+}
+
+/// Passes all on between its standard streams and a socket, each direction for itself. (`socat` does not tell its standard
+/// output that the socket's direction has ended while the other one goes on.)
+const RELAY: &str = r#"
+import os, socket, sys, threading
+peer = socket.create_connection(("127.0.0.1", sys.argv[1]))
+def there():
+    try:
+        while data := os.read(0, 65536):
+            peer.sendall(data)
+        peer.shutdown(socket.SHUT_WR)
+    except OSError:
+        os._exit(1)
+thread = threading.Thread(target=there)
+thread.start()
+try:
+    while data := peer.recv(65536):
+        while data:
+            data = data[os.write(1, data):]
+except OSError:
+    os._exit(1)
+os.close(1)
+thread.join()
+"#;
+
+/// A child is one end: it passes all on to the socket that is the other. (One that is dropped is ended, whatever it has not
+/// passed on yet.)
+#[test]
+fn command() {
+    let traits = Traits { delivers_when_dropped: false, ..Traits::default() };
+    passes(&Subject::new("command", traits, || async {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let mut relay = std::process::Command::new("/usr/bin/python3");
+        relay.args(["-c", RELAY, &listener.local_addr()?.port().to_string()]);
+        let near = Command::spawn(relay, Direction::Both)?;
+        let (far, _) = listener.accept().await?;
+        Ok(boxed((near, Socket::from_fd(OwnedFd::from(far.into_std()?))?)))
+    }));
 }
 
 #[test]

@@ -12,12 +12,12 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::task::JoinSet;
 use vellum::{Code, Control, Error};
 use vellum_channel::{
-    Address, Channel, ChannelExt, ConnectOptions, Counters, ErrorKind, Listener, ListenerOptions, Observe,
-    Place, Rate, Throttle, Timeout, TimeoutOptions, connect, kind_of,
+    Address, Channel, ChannelExt, ConnectOptions, Counters, ErrorKind, FileMode, Listener, ListenerOptions,
+    Observe, Place, Rate, Throttle, Timeout, TimeoutOptions, connect, kind_of,
 };
 
 const AFTER_HELP: &str = "\
@@ -29,7 +29,7 @@ An address is one of
 
 with options behind a question mark, as in tls+tcp://host:10809?ca=ca.pem&sni=name. With listen: before it an address \
 is listened on; every connection is joined to the other address, which is opened anew for it. When one side ends, what \
-is on its way still arrives, and the other side is told; it is over when both have ended.
+is on its way still arrives, and the other side is told; it is over when both have ended. From a file that is only written nothing is read: all goes to it.
 
 Examples:
   vellum channel listen:tcp://127.0.0.1:10809 unix:///run/nbd.sock
@@ -89,6 +89,31 @@ impl Side {
     fn is_stdio(&self) -> bool {
         matches!(self.address.place, Place::Stdio)
     }
+
+    /// Whether something can be read from it.
+    fn is_source(&self) -> bool {
+        !matches!(self.address.place, Place::File { mode: FileMode::Write | FileMode::Append, .. })
+    }
+}
+
+/// Where bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Both,
+    /// From A to B.
+    Forth,
+    Back,
+}
+
+impl Way {
+    fn of(args: &ChannelArgs, a: &Side, b: &Side) -> Result<Self, Error> {
+        match (a.is_source(), b.is_source()) {
+            (true, true) if !args.one_way => Ok(Self::Both),
+            (true, _) => Ok(Self::Forth),
+            (false, true) if !args.one_way => Ok(Self::Back),
+            (false, _) => Err(usage("nothing can be read: the file is opened for writing only")),
+        }
+    }
 }
 
 /// What went through, of all connections.
@@ -119,13 +144,14 @@ pub fn run(args: &ChannelArgs, terminal: &Terminal) -> Result<(), Failure> {
     if terminal.wants_json() && (a.is_stdio() || b.is_stdio()) {
         return Err(usage("--json has no place beside data on standard output").into());
     }
+    let way = Way::of(args, &a, &b)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| Error::from_io(error, "threads cannot be started"))?;
     let meter = Meter::new(terminal)?;
     let work = Arc::new(Work {
-        limits: Limits::of(args),
+        limits: Limits::of(args, way),
         totals: Totals::default(),
         live: parking_lot::Mutex::new(Vec::new()),
         began: Instant::now(),
@@ -143,15 +169,15 @@ pub fn run(args: &ChannelArgs, terminal: &Terminal) -> Result<(), Failure> {
 
 #[derive(Clone, Copy, Debug)]
 struct Limits {
-    is_one_way: bool,
+    way: Way,
     rate: Option<Rate>,
     idle: Option<Duration>,
 }
 
 impl Limits {
-    fn of(args: &ChannelArgs) -> Self {
+    fn of(args: &ChannelArgs, way: Way) -> Self {
         Self {
-            is_one_way: args.one_way,
+            way,
             rate: args.rate.map(Rate::new),
             idle: args.idle.map(|seconds| Duration::from_secs(u64::from(seconds))),
         }
@@ -282,14 +308,14 @@ impl Work {
         self.live.lock().push(counters.clone());
         self.totals.connections.fetch_add(1, Ordering::Relaxed);
         let moving = async {
-            if self.limits.is_one_way {
-                let mut reader = tokio::io::BufReader::with_capacity(BUFFER, &mut near);
-                tokio::io::copy_buf(&mut reader, &mut far).await?;
-                far.shutdown().await?;
-            } else {
-                tokio::io::copy_bidirectional_with_sizes(&mut near, &mut far, BUFFER, BUFFER).await?;
+            match self.limits.way {
+                Way::Forth => pump(&mut near, &mut far).await,
+                Way::Back => pump(&mut far, &mut near).await,
+                Way::Both => {
+                    tokio::io::copy_bidirectional_with_sizes(&mut near, &mut far, BUFFER, BUFFER).await?;
+                    Ok(())
+                }
             }
-            io::Result::Ok(())
         };
         let moved = tokio::select! {
             moved = moving => moved,
@@ -341,6 +367,13 @@ impl Work {
         }
         Ok(())
     }
+}
+
+/// Moves all that comes from `from`, and ends `to`.
+async fn pump(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+    let mut reader = tokio::io::BufReader::with_capacity(BUFFER, from);
+    tokio::io::copy_buf(&mut reader, to).await?;
+    to.shutdown().await
 }
 
 /// Ends when nothing has moved for so long; never without a limit.
@@ -399,5 +432,6 @@ fn explain(error: io::Error, what: &str) -> Error {
         kind if kind.code().starts_with("TLS_") || kind.code().starts_with("WEBSOCKET_") => Code::Proto,
         _ => Code::Io,
     };
-    Error::new(code, format!("{what}: {error}"))
+    // The cause is not cut: what to do about it comes last.
+    Error::new(code, what).caused_by(error)
 }

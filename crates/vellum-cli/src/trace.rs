@@ -19,6 +19,8 @@ pub fn show_warnings(terminal: &Terminal) {
     let _ = tracing::subscriber::set_global_default(warnings);
 }
 
+const LISTENER: &str = "vellum_channel::listener";
+
 struct Warnings {
     terminal: Terminal,
     shown: Mutex<HashSet<String>>,
@@ -36,7 +38,9 @@ impl Warnings {
 
 impl Subscriber for Warnings {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.is_event() && *metadata.level() <= Level::WARN
+        // To a library that listens, a client that is turned away is news; to who runs `vellum channel`, a warning.
+        let is_turned_away = *metadata.level() <= Level::INFO && metadata.target().starts_with(LISTENER);
+        metadata.is_event() && (*metadata.level() <= Level::WARN || is_turned_away)
     }
     fn event(&self, event: &Event<'_>) {
         let mut line = Line::default();

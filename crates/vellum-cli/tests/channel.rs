@@ -106,13 +106,39 @@ fn web_socket_over_tls_with_certificates_of_openssl() {
     assert_eq!(code, 0, "{said}");
     assert!(dir.read("copy") == data());
 
-    // Whoever does not trust the certificate says so.
-    let listening = Listening::start(&dir, &["--once", &at, "null:"]);
+    // Whoever does not trust the certificate says so, and what to do about it, which comes last. The other side tells, too.
+    let mut listening = Listening::start(&dir, &["--once", &at, "null:"]);
     let to = format!("wss://127.0.0.1:{}/up?ca={}", listening.port(), file("cert.pem"));
-    dir.vellum(&["channel", &to, "null:"]).exits(5).says("127.0.0.1");
-    let mut listening = listening;
+    let refused = dir.vellum(&["channel", &to, "null:"]).exits(5);
+    refused.says("127.0.0.1").says("expect (sni)");
+    let mut line = String::new();
+    listening.notes.read_line(&mut line).expect("a warning");
+    assert!(line.contains("failed before it was ready") && line.contains("bad_certificate"), "{line}");
     listening.child.kill().expect("killed");
     listening.child.wait().expect("it ends");
+}
+
+/// A file that can only be written has nothing to say: that is no failure, and ends nothing.
+#[test]
+fn nothing_is_read_from_a_file_that_is_written() {
+    let dir = Dir::new();
+    let to = format!("file://{}?mode=write", dir.path("copy").display());
+    // A WebSocket has no half-close: if the file's silence were told to it, it would end before the data.
+    let listening = Listening::start(&dir, &["--once", "listen:ws://127.0.0.1:0", &to]);
+    let from = format!("ws://127.0.0.1:{}", listening.port());
+    dir.write("data", &data());
+    let data_file = format!("file://{}", dir.path("data").display());
+    dir.vellum(&["channel", &data_file, &from]).exits(0);
+    let (code, said) = listening.end();
+    assert_eq!(code, 0, "{said}");
+    assert!(dir.read("copy") == data());
+
+    // The other way round the file is written as well.
+    let to = format!("file://{}?mode=append", dir.path("copy").display());
+    dir.vellum(&["channel", &to, "exec:echo more"]).exits(0).says("0 bytes from A to B, 5 bytes back");
+    assert!(dir.read("copy").ends_with(b"more\n"));
+    dir.vellum(&["channel", "--one-way", &to, "null:"]).exits(2).says("writing only");
+    dir.vellum(&["channel", &to, &to]).exits(2).says("writing only");
 }
 
 #[test]

@@ -180,6 +180,12 @@ impl Error {
         error
     }
 
+    /// Adds what caused it, where that says more than a sentence. It is shown as it is: text of a peer or an image in it has
+    /// to be made safe before.
+    pub fn caused_by(mut self, source: std::io::Error) -> Self {
+        self.0.source = Some(source);
+        self
+    }
     /// Names the image or file that it is about. The innermost name given stays.
     pub fn image(mut self, name: impl fmt::Display) -> Self {
         self.0.image.get_or_insert_with(|| name.to_string());

@@ -306,9 +306,10 @@ fn alerted(whom: &str, alert: AlertDescription) -> Failure {
         A::AccessDenied => {
             ("access_denied", "this side's certificate is good, but not on its list of allowed names")
         }
-        A::CertificateRequired => {
-            ("certificate_required", "it wants a certificate of this side: give one (identity)")
-        }
+        A::CertificateRequired => (
+            "certificate_required",
+            "it wants a certificate of this side: give one (identity; in an address cert and key)",
+        ),
         A::DecodeError => {
             ("decode_error", "one of both sides has a broken TLS, or a message was above its limit")
         }

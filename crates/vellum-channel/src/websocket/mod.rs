@@ -86,6 +86,8 @@ pub struct WebSocket<C> {
     controls: Arc<InnerControls>,
     wakers: Arc<Wakers>,
     receiver: Receiver,
+    /// How often a reader in the middle of a frame asks again before it sleeps.
+    asks_left: u32,
     sender: Sender,
     pings: Pings,
     keep_alive: Option<KeepAlive>,
@@ -183,6 +185,7 @@ impl<C: Channel> WebSocket<C> {
             base: Base::new("websocket", features),
             controls: Arc::new(InnerControls::new(inner.control())),
             inner,
+            asks_left: 0,
             receiver: Receiver::new(limits, input.bytes, input.head, input.end),
             sender: Sender::new(is_client),
             pings: Pings::new(wakers.clone()),

@@ -180,6 +180,11 @@ impl Receiver {
         Ok(())
     }
 
+    /// Whether payload of a frame that has begun is still to come, or to be taken.
+    pub fn is_in_frame(&self) -> bool {
+        self.frame.is_some()
+    }
+
     /// Copies payload into `bufs`, behind the first `skip` bytes of them: what is there of this frame.
     pub fn take(&mut self, bufs: &mut [IoSliceMut<'_>], skip: usize) -> usize {
         let copied = self.peek(bufs, skip);

@@ -2,8 +2,10 @@
 
 use crate::common::{assert_kind, read_to_end, receive, send, within, write};
 use std::io::{IoSlice, IoSliceMut, SeekFrom};
+use std::ops::ControlFlow;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use vellum_channel::{Buffer, Channel, ChannelExt, ErrorKind, Features, Interest, Null};
+use tokio::runtime::Handle;
+use vellum_channel::{Buffer, Channel, ChannelExt, ErrorKind, Features, Interest, Null, Shared, Watch};
 
 #[tokio::test]
 async fn a_buffer_gives_back_what_was_written() {
@@ -88,6 +90,25 @@ async fn null_takes_everything_and_has_nothing() {
     null.close().await.expect("closed twice");
     assert_kind(null.writev(&[IoSlice::new(b"x")]).await, ErrorKind::Closed);
     assert_kind(null.readv(&mut [IoSliceMut::new(&mut [0; 8])]).await, ErrorKind::Closed);
+}
+
+/// A watch on what is always ready is called at once, with all that it asked for.
+#[tokio::test]
+async fn watches_fire_for_what_they_were_added_for() {
+    let both = Interest::READ | Interest::WRITE;
+    for interest in [Interest::READ, Interest::WRITE, both] {
+        let kinds: [Box<dyn Channel>; 2] = [Box::new(Null::new()), Box::new(Buffer::new())];
+        for channel in kinds {
+            let (tell, told) = tokio::sync::oneshot::channel();
+            let mut tell = Some(tell);
+            let watch = Watch::add(Shared::new(channel), interest, &Handle::current(), move |_, found| {
+                tell.take().expect("it is called once").send(found).expect("it is awaited");
+                ControlFlow::Break(())
+            });
+            assert_eq!(within(told).await.expect("a call").expect("no error"), interest);
+            watch.leave();
+        }
+    }
 }
 
 #[tokio::test]

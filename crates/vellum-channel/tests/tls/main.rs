@@ -2,12 +2,12 @@
 
 mod certificates;
 mod contract;
+mod early_data;
 mod hostile;
 mod openssl;
 mod options;
 mod pki;
 mod sockets;
-mod speed;
 
 use std::fmt::Debug;
 use std::future::Future;

@@ -1,14 +1,17 @@
 //! Several tasks on one WebSocket, waiting, pinging, cancelling.
 
 use crate::support::{
-    KEY, Result, client, frame, options, pair_with, pattern, read_frame, server, server_with, within,
+    KEY, REQUEST, Result, client, frame, options, pair_with, pattern, read_frame, server, server_with, within,
 };
 use std::future::poll_fn;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::pin::Pin;
 use std::task::Poll;
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use vellum_channel::{Channel, ChannelExt, ErrorKind, Features, Interest, WebSocketOptions, kind_of};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
+use vellum_channel::{
+    Channel, ChannelExt, ErrorKind, Features, Interest, Socket, WebSocket, WebSocketOptions, kind_of,
+};
 
 /// A reader that answers pings waits for the same direction of the inner channel as the writer: none may be forgotten.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -199,6 +202,43 @@ async fn a_read_that_is_dropped_loses_nothing() -> Result {
         let read = poll_fn(|cx| Poll::Ready(reading.as_mut().poll(cx).is_ready())).await;
         at += reading.transferred();
         assert_eq!(read, at == data.len());
+    }
+    assert!(at == data.len() && got == data);
+    Ok(())
+}
+
+/// In the middle of a frame the rest is on its way: a reader asks for it a few times, and then sleeps.
+#[tokio::test]
+async fn a_reader_that_misses_the_rest_of_a_frame_does_not_keep_a_processor_busy() -> Result {
+    let (near, mut raw) = tokio::net::UnixStream::pair()?;
+    raw.write_all(REQUEST.as_bytes()).await?;
+    let socket = Socket::from_fd(near.into_std()?.into())?;
+    let mut server = within(WebSocket::accept(socket, &options())).await?;
+    let data = pattern(100_000);
+    let wire = frame(0x82, &data, Some(KEY));
+    let (first, rest) = wire.split_at(60_000);
+    let mut got = vec![0; data.len()];
+    let mut at = 0;
+    for part in [first, rest] {
+        raw.write_all(part).await?;
+        let mut polls = 0;
+        let reading = async {
+            while at < data.len() {
+                let mut room = ReadBuf::new(&mut got[at..]);
+                poll_fn(|cx| {
+                    polls += 1;
+                    Pin::new(&mut server).poll_read(cx, &mut room)
+                })
+                .await?;
+                at += room.filled().len();
+            }
+            io::Result::Ok(())
+        };
+        match tokio::time::timeout(Duration::from_millis(200), reading).await {
+            Ok(read) => read?,
+            Err(_) => assert!(at < data.len(), "it has all and waits"),
+        }
+        assert!(polls < 60, "{polls} polls");
     }
     assert!(at == data.len() && got == data);
     Ok(())

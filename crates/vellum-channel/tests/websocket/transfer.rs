@@ -1,8 +1,8 @@
-//! The transfer of QEMU's channel tests, and throughput.
+//! The transfer of QEMU's channel tests.
 
 use crate::support::{Result, options, pair_with, within};
 use std::io::{self, IoSlice, IoSliceMut};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use vellum_channel::{
@@ -282,81 +282,6 @@ async fn both_directions_at_once() -> Result {
                 Some(vellum_channel::ErrorKind::WebSocketClosed),
                 "{error}"
             );
-        }
-    }
-    Ok(())
-}
-
-/// Seconds of processor time that this process has taken: on a machine with other work the clock says little.
-fn processor_time() -> f64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").expect("Linux");
-    let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
-    // User and system time, in hundredths of a second.
-    let ticks = fields.split_whitespace().skip(11).take(2);
-    ticks.map(|ticks| ticks.parse::<f64>().expect("a number")).sum::<f64>() / 100.0
-}
-
-/// MiB per second of the clock, and per second of the processor.
-#[derive(Clone, Copy)]
-struct Rate {
-    by_clock: f64,
-    by_processor: f64,
-}
-
-impl std::fmt::Display for Rate {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:.0} MiB/s ({:.0} per processor second)", self.by_clock, self.by_processor)
-    }
-}
-
-async fn rate(
-    mut sender: impl Channel + 'static,
-    mut receiver: impl Channel + 'static,
-    total: usize,
-) -> Rate {
-    const MESSAGE: usize = 256 << 10;
-    let (started, worked) = (Instant::now(), processor_time());
-    let sending = tokio::spawn(async move {
-        let message = vec![0x5A; MESSAGE];
-        for _ in 0..total / MESSAGE {
-            sender.write_all(&message).await.expect("sent");
-        }
-        sender.flush().await.expect("sent");
-        sender
-    });
-    let receiving = tokio::spawn(async move {
-        let mut room = vec![0; MESSAGE];
-        for _ in 0..total / MESSAGE {
-            receiver.read_all(&mut room).await.expect("received");
-        }
-        assert_eq!((room[0], room[MESSAGE - 1]), (0x5A, 0x5A));
-        receiver
-    });
-    let (sent, received) = tokio::join!(sending, receiving);
-    let (seconds, work) = (started.elapsed().as_secs_f64(), processor_time() - worked);
-    drop((sent.expect("no panic"), received.expect("no panic")));
-    let amount = total as f64 / f64::from(1 << 20);
-    Rate { by_clock: amount / seconds, by_processor: amount / work.max(0.01) }
-}
-
-/// `cargo test --release -p vellum-channel --test websocket -- --ignored --nocapture throughput`
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a measurement, for a release build on a quiet machine"]
-async fn throughput_of_256_kib_messages() -> Result {
-    const TOTAL: usize = 1 << 30;
-    for round in 0..5 {
-        let (near, far) = socket().await?;
-        let plain = rate(near, far, TOTAL).await;
-        let (near, far) = socket().await?;
-        let (client, server) = join(near, far).await?;
-        let up = rate(client, server, TOTAL).await;
-        let (near, far) = socket().await?;
-        let (client, server) = join(near, far).await?;
-        let down = rate(server, client, TOTAL).await;
-        for (name, got) in [("plain", plain), ("client to server", up), ("server to client", down)] {
-            let clock = got.by_clock / plain.by_clock * 100.0;
-            let work = got.by_processor / plain.by_processor * 100.0;
-            println!("round {round}: {name} {got}: {clock:.0} % by the clock, {work:.0} % by the processor");
         }
     }
     Ok(())

@@ -95,8 +95,10 @@ fn would_block(mut near: Ends, mut far: Ends) {
 fn four_threads(near: Ends, far: Ends) {
     const BYTES: usize = 2 << 20;
     let mut threads = Vec::new();
-    for channel in [near.into_shared(), far.into_shared()] {
-        let (mut reading, mut writing) = (channel.clone(), channel);
+    // Neither end is dropped before all is there.
+    let ends = [near.into_shared(), far.into_shared()];
+    for channel in &ends {
+        let (mut reading, mut writing) = (channel.clone(), channel.clone());
         threads.push(std::thread::spawn(move || {
             for part in pattern(BYTES).chunks(33_333) {
                 writing.write_all(part).expect("written");
@@ -112,6 +114,7 @@ fn four_threads(near: Ends, far: Ends) {
     for thread in threads {
         thread.join().expect("no thread fails");
     }
+    drop(ends);
 }
 
 fn shutdown_wakes_a_thread(mut near: Ends, far: Ends) {

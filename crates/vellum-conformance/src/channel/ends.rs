@@ -11,7 +11,9 @@ pub(super) fn cases(subject: &Subject) {
     }
     case(subject, "close sends what is left", close_sends_what_is_left);
     case(subject, "after close", after_close);
-    case(subject, "the peer goes away", peer_goes_away);
+    if subject.traits.delivers_when_dropped {
+        case(subject, "the peer goes away", peer_goes_away);
+    }
     case(subject, "shutdown of reading", shutdown_of_reading);
     case(subject, "shutdown wakes a reader", shutdown_wakes_reader);
     if subject.traits.is_bounded {

@@ -31,11 +31,13 @@ pub struct Traits {
     pub half_closes: bool,
     /// A writer is held up when nobody reads.
     pub is_bounded: bool,
+    /// What was flushed reaches the peer also when the end is dropped rather than closed.
+    pub delivers_when_dropped: bool,
 }
 
 impl Default for Traits {
     fn default() -> Self {
-        Self { moves: true, half_closes: true, is_bounded: true }
+        Self { moves: true, half_closes: true, is_bounded: true, delivers_when_dropped: true }
     }
 }
 

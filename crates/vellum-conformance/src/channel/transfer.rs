@@ -65,9 +65,11 @@ async fn empty_slices(mut near: End, mut far: End) {
 async fn both_directions_at_once(near: End, far: End) {
     const BYTES: usize = 3 << 20;
     let mut tasks = Vec::new();
-    for channel in [Shared::new(near), Shared::new(far)] {
+    // Neither end is dropped before all is there.
+    let ends = [Shared::new(near), Shared::new(far)];
+    for channel in &ends {
         let mut reading = channel.clone();
-        let mut writing = channel;
+        let mut writing = channel.clone();
         tasks.push(tokio::spawn(async move {
             let sent = pattern(BYTES);
             for part in sent.chunks(100_003) {
@@ -84,6 +86,7 @@ async fn both_directions_at_once(near: End, far: End) {
     for task in tasks {
         task.await.expect("no task fails");
     }
+    drop(ends);
 }
 
 async fn tokio_copies(mut near: End, mut far: End) {
