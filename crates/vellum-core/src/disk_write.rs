@@ -235,6 +235,8 @@ impl Disk {
             writing
                 .begun
                 .get_or_try_init(|| async {
+                    // Of requests that wait here together, the first that fails ends writing for the others, too.
+                    writing.check(&self.inner().name)?;
                     let begun = image.begin().await;
                     writing.fail(begun).map_err(|e| e.context("marking the image as being written"))
                 })
