@@ -227,7 +227,7 @@ impl Disk {
         self.try_read_unlocked(buf, offset)
     }
 
-    fn try_read_unlocked(&self, buf: &mut [u8], offset: u64) -> Option<Result<()>> {
+    pub(crate) fn try_read_unlocked(&self, buf: &mut [u8], offset: u64) -> Option<Result<()>> {
         let mut done = 0usize;
         while done < buf.len() {
             let start = offset.checked_add(done as u64)?;

@@ -24,6 +24,7 @@ mod completion;
 mod concat;
 mod disk;
 mod disk_state;
+mod disk_vectored;
 mod disk_write;
 mod disk_zero;
 mod error;
