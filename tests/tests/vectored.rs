@@ -2,7 +2,9 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use vellum::{Buf, ChainOptions, CreateDiskRequest, Disk, FilePolicy, Resolver, Vellum, WriteAccess, WriteFlags};
+use vellum::{
+    Buf, ChainOptions, CreateDiskRequest, Disk, FilePolicy, Resolver, Vellum, WriteAccess, WriteFlags,
+};
 use vellum_conformance::counting::CountingFiles;
 use vellum_sim::{MemoryFiles, Random};
 use vellum_tests::tools::text;
@@ -68,7 +70,10 @@ fn race(disk: &Disk, name: &str, shape: &[usize]) {
                     start.wait();
                     let (bufs, result) = disk.write_vectored(bufs, offset, WriteFlags::default()).wait();
                     result.unwrap();
-                    assert!(bufs.iter().map(|buf| buf.len()).eq(shape.iter().copied()), "other buffers came back");
+                    assert!(
+                        bufs.iter().map(|buf| buf.len()).eq(shape.iter().copied()),
+                        "other buffers came back"
+                    );
                 });
             }
             start.wait();
@@ -111,7 +116,10 @@ fn a_vectored_write_with_fua_costs_one_group_commit() {
             counting.reset();
             disk.write_vectored(filled(shape, 9), offset, fua).wait().1.unwrap();
             let several = counting.flushes();
-            assert!(several >= 1 && several <= one.max(2), "{name}: {several} flushes, one buffer costs {one}");
+            assert!(
+                several >= 1 && several <= one.max(2),
+                "{name}: {several} flushes, one buffer costs {one}"
+            );
             counting.reset();
             disk.write_vectored(filled(shape, 9), offset, WriteFlags::default()).wait().1.unwrap();
             assert_eq!(counting.flushes(), 0, "{name}: a write without FUA flushes");

@@ -29,6 +29,8 @@ pub struct OpenFlags {
 /// What a disk that can be written has besides its layers.
 pub(crate) struct Writing {
     pub(crate) locks: RangeLocks,
+    /// Other processes write the image, too: nothing but the disk's own bytes may change.
+    pub(crate) is_shared: bool,
     pub(crate) flags: Mutex<OpenFlags>,
     pub(crate) begun: async_lock::OnceCell<()>,
     pub(crate) failed: Mutex<Option<String>>,
@@ -41,9 +43,10 @@ pub(crate) struct Writing {
 const DISCARDED_UNITS_MAX: usize = 1024;
 
 impl Writing {
-    pub(crate) fn new(flags: OpenFlags) -> Self {
+    pub(crate) fn new(flags: OpenFlags, is_shared: bool) -> Self {
         Writing {
             locks: RangeLocks::default(),
+            is_shared,
             flags: Mutex::new(flags),
             begun: async_lock::OnceCell::new(),
             failed: Mutex::default(),

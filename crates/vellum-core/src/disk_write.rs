@@ -15,8 +15,8 @@ use crate::disk_state::{OpenFlags, Writing};
 use crate::disk_zero::zero_range;
 use crate::storage::{past_end, read_only};
 use crate::{
-    Buf, Code, Completion, Discarded, Disk, Error, Extent, Hold, Intent, PieceKind, Placement, RangeGuard, Result,
-    Storage, WithBuf, WritableImage, WriteFlags, ZeroMode, bytes,
+    Buf, Code, Completion, Discarded, Disk, Error, Extent, Hold, Intent, PieceKind, Placement, RangeGuard,
+    Result, Storage, WithBuf, WritableImage, WriteFlags, ZeroMode, bytes,
 };
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -135,7 +135,10 @@ impl Disk {
                 return Ok(());
             }
             let image = disk.image().ok_or_else(|| read_only(&disk.inner().name))?;
-            let closed = image.close().await;
+            let closed = match writing.is_shared {
+                true => disk.flush_shared().await,
+                false => image.close().await,
+            };
             writing.fail(closed).map_err(|e| e.image(&disk.inner().name).context("closing the image"))
         })
     }
@@ -208,6 +211,9 @@ impl Disk {
             writing
                 .begun
                 .get_or_try_init(|| async {
+                    if writing.is_shared {
+                        return Ok(()); // no marks: see ChainOptions::shareable
+                    }
                     let begun = image.begin().await;
                     writing.fail(begun).map_err(|e| e.context("marking the image as being written"))
                 })
@@ -339,6 +345,9 @@ impl Disk {
         base: u64,
         range: Range<u64>,
     ) -> (Buf, Result<u64>) {
+        if writing.is_shared {
+            return (buf, Err(self.table_would_change(&range)));
+        }
         let run = match self.worth_storing(writing, image, &mut buf, window, base, range.clone()).await {
             Ok(Ok(run)) => run,
             Ok(Err(skipped_to)) => return (buf, Ok(skipped_to)),

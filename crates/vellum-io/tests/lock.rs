@@ -200,7 +200,9 @@ fn the_resolver_locks_what_it_opens() {
     std::fs::write(at("top"), [0; 512]).unwrap();
     std::fs::write(at("base"), [0; 512]).unwrap();
     let resolver = LocalFiles::new(FilePolicy::default(), OpenOptions::default());
-    let open = |name: &str, asker: &Asker, write: bool| resolver.open(name, asker, Access { write }).wait();
+    let open = |name: &str, asker: &Asker, write: bool| {
+        resolver.open(name, asker, Access { write, ..Access::default() }).wait()
+    };
     let parent = Asker::Parent { of: Location(at("top")) };
     let top = open(&at("top"), &Asker::User, true).unwrap();
     let base = open("base", &parent, false).unwrap();
