@@ -9,7 +9,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// How a disk is used; the seed's open flags. Can be changed while the disk is open ([`crate::Disk::set_flags`]).
+/// How a disk is used; the seed's open flags. Can be changed while the disk is open ([`crate::Disk::set_flags`]); those
+/// that cannot (shareable, sequential) are in [`crate::ChainOptions`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OpenFlags {
     /// Nothing may be changed, though the image was opened for writing.

@@ -60,7 +60,13 @@ impl LocalFiles {
     fn open_for_image(&self, name: &str, asker: &Asker, of: &Location, access: Access) -> Result<Opened> {
         let directory = directory_of(of)?;
         let mut missing = None;
-        for candidate in names::from_image(name)? {
+        let candidates = names::from_image(name).map_err(|error| match (error.code(), asker) {
+            (Code::RemoteRef | Code::ExternalRef, Asker::Part { .. }) => error.replace_hint(
+                "if you trust the image, put the file beside it, and let the image name it there",
+            ),
+            _ => error,
+        })?;
+        for candidate in candidates {
             let path = directory.join(candidate);
             let found = match Found::at(&path, OFlags::empty()) {
                 Ok(found) => found,
