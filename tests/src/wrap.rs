@@ -29,6 +29,10 @@ pub enum Op {
 pub trait Hook: Send + Sync + 'static {
     /// An error here is what the operation answers; it is then not carried out.
     fn before(&self, file: &str, op: &Op) -> Result<()>;
+    /// A file is about to be opened.
+    fn opening(&self, name: &str, access: Access) {
+        let _ = (name, access);
+    }
     /// May falsify what is written.
     fn falsify(&self, file: &str, offset: u64, bytes: &mut [u8]) {
         let _ = (file, offset, bytes);
@@ -58,6 +62,7 @@ impl<H: Hook> Wrapped<H> {
 
 impl<H: Hook> Resolver for Wrapped<H> {
     fn open(&self, name: &str, asker: &Asker, access: Access) -> Completion<Result<Opened>> {
+        self.hook.opening(name, access);
         let opened = self.inner.open(name, asker, access).wait();
         Completion::ready(opened.map(|o| Opened { storage: self.wrap(o.storage), location: o.location }))
     }

@@ -327,7 +327,8 @@ fn one_different_bit_at_the_end_of_64_tib_is_found() {
     write_sparse(&place, "b");
     let raw = ChainOptions { format: Some("raw".into()), ..ChainOptions::default() };
     let Opened { storage, .. } =
-        vellum::block_on(place.resolver.open("b", &Asker::User, Access { write: true })).unwrap();
+        vellum::block_on(place.resolver.open("b", &Asker::User, Access { write: true, ..Access::default() }))
+            .unwrap();
     let at = 64 * TIB - 1;
     let mut byte = Buf::zeroed(1);
     storage.try_read_at(&mut byte, at).unwrap().unwrap();

@@ -136,6 +136,8 @@ pub fn run(args: &BenchArgs, terminal: &Terminal) -> Result<(), Failure> {
     let options = ChainOptions {
         disk: DiskOptions { flags: args.writing.flags(), ..DiskOptions::default() },
         skip_consistency_checks: args.writing.skip_checks,
+        shareable: args.writing.shareable,
+        sequential: args.writing.sequential,
         ..args.open.chain(args.format.as_deref(), terminal)
     };
     let (disk, images) = match args.write || args.fill {

@@ -71,6 +71,8 @@ pub fn run(args: &IoArgs, terminal: &Terminal) -> Result<ExitStatus, Failure> {
     let options = ChainOptions {
         disk: DiskOptions { flags: args.writing.flags(), ..DiskOptions::default() },
         skip_consistency_checks: args.writing.skip_checks,
+        shareable: args.writing.shareable,
+        sequential: args.writing.sequential,
         ..args.open.chain(args.format.as_deref(), terminal)
     };
     let noted = RefCell::new(false);

@@ -26,6 +26,12 @@ pub struct FlagArgs {
     /// Answer flushes without carrying them out: data is lost at a power loss
     #[arg(long)]
     pub ignore_flush: bool,
+    /// Let other processes write the image at the same time, if they say so, too: raw, fixed VDI and VHD, flat VMDK
+    #[arg(long)]
+    pub shareable: bool,
+    /// Requests go mostly from the start of the disk to its end: let the host read further ahead
+    #[arg(long)]
+    pub sequential: bool,
     /// Write although the image is marked as damaged or as not closed cleanly
     #[arg(long)]
     pub skip_checks: bool,

@@ -2,8 +2,8 @@
 
 mod common;
 use common::{Dir, Ran, noise};
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command};
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -81,6 +81,27 @@ fn a_source_that_no_format_claims_is_read_as_raw_and_that_is_said() {
     assert_eq!(said.err, "");
     let report = dir.vellum(&["convert", "--json", "-q", "-O", "vdi", "a.qcow2", "d.vdi"]).json();
     assert_eq!(report["raw_by_default"], true);
+}
+
+#[test]
+fn the_advice_about_a_target_in_use_is_not_how_to_read_it() {
+    let dir = Dir::new();
+    dir.raw_disk("a.img", 4);
+    dir.vellum(&["convert", "a.img", "b.qcow2"]).exits(0);
+    let mut holder = Command::new("qemu-io")
+        .args(["-f", "qcow2", "b.qcow2"])
+        .current_dir(dir.path(""))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("qemu-io runs (Debian package qemu-utils)");
+    // It prompts when it has opened the image.
+    holder.stdout.as_mut().unwrap().read_exact(&mut [0; 8]).unwrap();
+    let ran = dir.vellum(&["convert", "--force", "a.img", "b.qcow2"]).says("choose another target");
+    assert!(ran.err.contains("open for writing by pid") && !ran.err.contains("--shared-read"), "{}", ran.err);
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    dir.vellum(&["convert", "--force", "a.img", "b.qcow2"]).exits(0);
 }
 
 #[test]

@@ -280,3 +280,22 @@ fn cache_modes_are_those_of_qemu() {
     dir.qemu_io("vmdk", "a.vmdk", &["read -P 9 1000 10"]);
     dir.io("a.vmdk", &["--cache", "writearound"], &[]).exits(2);
 }
+
+#[test]
+fn shareable_takes_what_has_no_tables_to_change() {
+    let dir = Dir::new();
+    dir.write("a.raw", &vec![0; 1 << 20]);
+    let flags = ["--shareable", "--sequential"];
+    let raw = [&["-f", "raw"], &flags[..]].concat();
+    dir.io("a.raw", &raw, &["write -P 7 512 4096", "discard 0 512", "write -z 4k 512", "flush"]).exits(0);
+    dir.io("a.raw", &["-f", "raw", "-r", "--sequential"], &["read -P 7 512 3584", "read -P 0 4k 512"])
+        .exits(0);
+    dir.vellum(&["create", "-f", "vdi", "-o", "variant=fixed", "b.vdi", "4M"]).exits(0);
+    let before = dir.read("b.vdi");
+    dir.io("b.vdi", &flags, &["write -P 9 1M 64K"]).exits(0);
+    dir.io("b.vdi", &["-r"], &["read -P 9 1M 64K"]).exits(0);
+    assert!(dir.read("b.vdi")[..1 << 20] == before[..1 << 20], "header or map changed");
+    dir.vellum(&["create", "-f", "qcow2", "c.qcow2", "4M"]).exits(0);
+    let ran = dir.io("c.qcow2", &flags, &["write 0 512"]).says("tables").says("fixed VDI");
+    assert!(ran.code != 0);
+}

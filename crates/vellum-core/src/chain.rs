@@ -4,6 +4,7 @@
 //! places that the user gave, and, for formats that store only an identity (VDI, VirtualBox's VMDK), among the
 //! images of the same directory. What is found must have the identity that the child states.
 
+use crate::shareable;
 use crate::{
     Access, Asker, BoxFuture, Buf, Code, Confidence, Disk, DiskOptions, Error, Events, Format, Identity,
     Layer, Limits, Location, OpenRequest, Opened, ParentRef, Providers, Resolver, Result, Sample, Storage,
@@ -101,6 +102,18 @@ pub struct ChainOptions {
     pub events: Events,
     /// Whether the top image is opened for writing. Parents never are.
     pub write: WriteAccess,
+    /// Several processes may write the image at the same time, if all of them say so (the seed's
+    /// `VD_OPEN_FLAGS_SHAREABLE`). Counts for writing only, and for images whose writing changes no table: raw, fixed VDI
+    /// and VHD, flat VMDK, without a parent. Others are refused with `USAGE`.
+    ///
+    /// Fixed at opening, unlike [`crate::OpenFlags`]. Such a session sets no mark and changes no identity (modification
+    /// UUID, CID), because processes that begin at different times would change them under each other. So children of the
+    /// image do not notice that it was modified. Each process keeps its own requests apart; what overlapping writes of two
+    /// processes leave, and in which order, is the guests' affair, as on a shared disk.
+    pub shareable: bool,
+    /// A hint that the disk is read or written mostly from its start to its end (the seed's
+    /// `VD_OPEN_FLAGS_SEQUENTIAL`): the host reads further ahead in all files of the chain. Never an error.
+    pub sequential: bool,
     /// Write although the image is marked dirty or corrupt.
     pub skip_consistency_checks: bool,
     /// Open the state of an internal snapshot (id or name) of the top image.
@@ -109,6 +122,12 @@ pub struct ChainOptions {
     pub providers: Option<Providers>,
     /// Options of the disk.
     pub disk: DiskOptions,
+}
+
+impl ChainOptions {
+    fn access(&self, write: bool) -> Access {
+        Access { write, shareable: write && self.shareable, sequential: self.sequential }
+    }
 }
 
 /// Whether an image is opened for writing.
@@ -161,6 +180,7 @@ impl FormatRegistry {
             events: options.events.clone(),
             open_parts,
             write,
+            access: options.access(write),
             skip_consistency_checks: options.skip_consistency_checks,
             snapshot: snapshot.map(str::to_owned),
             providers: match (&options.providers, write) {
@@ -200,7 +220,7 @@ impl FormatRegistry {
             images.push(found);
         }
         let layers = images.iter().map(|image| image.layer.clone()).collect();
-        Ok((Disk::new(layers, options.disk.clone())?, images))
+        Ok((Disk::build(layers, options.disk.clone(), options.shareable)?, images))
     }
 
     async fn open_top(
@@ -210,13 +230,15 @@ impl FormatRegistry {
         options: &ChainOptions,
     ) -> Result<OpenedImage> {
         let open = async |write: bool| {
-            let opened = resolver.open(name, &Asker::User, Access { write }).await?;
+            let opened = resolver.open(name, &Asker::User, options.access(write)).await?;
             let (format, snapshot) = (options.format.as_deref(), options.snapshot.as_deref());
             let image = self.open_image(resolver, opened, format, options, true, write, snapshot).await?;
             match write && image.raw_by_default {
-                true => Err(not_known_to_be_raw(&image.layer.location)),
-                false => Ok(image),
+                true => return Err(not_known_to_be_raw(&image.layer.location)),
+                false if write && options.shareable => shareable::check(&image.layer).await?,
+                false => {}
             }
+            Ok(image)
         };
         match options.write {
             WriteAccess::No => open(false).await,
@@ -247,7 +269,7 @@ impl FormatRegistry {
             };
             let search = Search { formats: self, resolver, child, parent, options };
             if let Some(given) = options.parents.get(images.len() - 1) {
-                let opened = resolver.open(&given.0, &Asker::User, Access::default()).await?;
+                let opened = resolver.open(&given.0, &Asker::User, options.access(false)).await?;
                 let found = search.open(opened, true).await?;
                 return search.recognise(found);
             }
@@ -255,7 +277,7 @@ impl FormatRegistry {
             let mut refused = None;
             let mut tried = Vec::new();
             for hint in &parent.hints {
-                match resolver.open(&hint.place, &asker, Access::default()).await {
+                match resolver.open(&hint.place, &asker, options.access(false)).await {
                     Ok(opened) => {
                         tried.push(opened.location.0.clone());
                         let found = search.open(opened, false).await?;
@@ -357,7 +379,9 @@ impl Search<'_> {
             }
             let asker = Asker::Parent { of: self.child.location.clone() };
             let name = self.resolver.file_name(&location);
-            let Ok(opened) = self.resolver.open(&name, &asker, Access::default()).await else { continue };
+            let Ok(opened) = self.resolver.open(&name, &asker, self.options.access(false)).await else {
+                continue;
+            };
             if known.is_none() {
                 let uuid = self.uuid_of(opened.clone()).await;
                 neighbours.insert(location, uuid);
@@ -500,7 +524,7 @@ impl FormatRegistry {
         name: &str,
         options: &ChainOptions,
     ) -> Result<OpenedImage> {
-        let opened = resolver.open(name, &Asker::User, Access::default()).await?;
+        let opened = resolver.open(name, &Asker::User, options.access(false)).await?;
         let (format, snapshot) = (options.format.as_deref(), options.snapshot.as_deref());
         self.open_image(resolver, opened, format, options, false, false, snapshot).await
     }

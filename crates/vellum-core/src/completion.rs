@@ -41,6 +41,12 @@ impl<T> Lost for Result<T> {
     }
 }
 
+impl Lost for (Vec<Buf>, Result<()>) {
+    fn lost() -> Self {
+        (Vec::new(), Result::lost())
+    }
+}
+
 impl Lost for WithBuf {
     fn lost() -> Self {
         (Buf::zeroed(0), Result::lost())

@@ -102,12 +102,17 @@ pub enum PieceKind {
 impl Disk {
     /// A disk of `layers`, the top image first.
     pub fn new(layers: Vec<Layer>, options: DiskOptions) -> Result<Self> {
+        Self::build(layers, options, false)
+    }
+
+    /// With `is_shared`, other processes write the image, too.
+    pub(crate) fn build(layers: Vec<Layer>, options: DiskOptions, is_shared: bool) -> Result<Self> {
         let Some(top) = layers.first() else {
             return Err(Error::new(Code::Usage, "a disk needs at least one image"));
         };
         let (size, name) = (top.image.info().virtual_size, top.location.0.clone());
         let (pool, decoded) = (BufPool::new(16 << 20), Mutex::default());
-        let writing = top.image.writable().is_some().then(|| Writing::new(options.flags));
+        let writing = top.image.writable().is_some().then(|| Writing::new(options.flags, is_shared));
         Ok(Disk(Arc::new(Inner { layers, size, name, options, pool, writing, decoded })))
     }
 
@@ -227,7 +232,7 @@ impl Disk {
         self.try_read_unlocked(buf, offset)
     }
 
-    fn try_read_unlocked(&self, buf: &mut [u8], offset: u64) -> Option<Result<()>> {
+    pub(crate) fn try_read_unlocked(&self, buf: &mut [u8], offset: u64) -> Option<Result<()>> {
         let mut done = 0usize;
         while done < buf.len() {
             let start = offset.checked_add(done as u64)?;

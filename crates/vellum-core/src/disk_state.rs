@@ -9,7 +9,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// How a disk is used; the seed's open flags. Can be changed while the disk is open ([`crate::Disk::set_flags`]).
+/// How a disk is used; the seed's open flags. Can be changed while the disk is open ([`crate::Disk::set_flags`]); those
+/// that cannot (shareable, sequential) are in [`crate::ChainOptions`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OpenFlags {
     /// Nothing may be changed, though the image was opened for writing.
@@ -29,6 +30,8 @@ pub struct OpenFlags {
 /// What a disk that can be written has besides its layers.
 pub(crate) struct Writing {
     pub(crate) locks: RangeLocks,
+    /// Other processes write the image, too: nothing but the disk's own bytes may change.
+    pub(crate) is_shared: bool,
     pub(crate) flags: Mutex<OpenFlags>,
     pub(crate) begun: async_lock::OnceCell<()>,
     pub(crate) failed: Mutex<Option<String>>,
@@ -41,9 +44,10 @@ pub(crate) struct Writing {
 const DISCARDED_UNITS_MAX: usize = 1024;
 
 impl Writing {
-    pub(crate) fn new(flags: OpenFlags) -> Self {
+    pub(crate) fn new(flags: OpenFlags, is_shared: bool) -> Self {
         Writing {
             locks: RangeLocks::default(),
+            is_shared,
             flags: Mutex::new(flags),
             begun: async_lock::OnceCell::new(),
             failed: Mutex::default(),

@@ -15,8 +15,8 @@ use crate::disk_state::{OpenFlags, Writing};
 use crate::disk_zero::zero_range;
 use crate::storage::{past_end, read_only};
 use crate::{
-    Buf, Code, Completion, Discarded, Disk, Error, Extent, Hold, Intent, PieceKind, Placement, Result,
-    Storage, WithBuf, WritableImage, WriteFlags, ZeroMode, bytes,
+    Buf, Code, Completion, Discarded, Disk, Error, Extent, Hold, Intent, PieceKind, Placement, RangeGuard,
+    Result, Storage, WithBuf, WritableImage, WriteFlags, ZeroMode, bytes,
 };
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -52,7 +52,7 @@ impl Disk {
 
     /// Writes `buf` at `offset`. Starts now and runs to its end, whatever becomes of the completion.
     pub fn write(&self, buf: Buf, offset: u64, flags: WriteFlags) -> Completion<WithBuf> {
-        let range = match self.range_of(&buf, offset) {
+        let range = match self.range_of(buf.len(), offset) {
             Ok(range) => range,
             Err(error) => return Completion::ready((buf, Err(error))),
         };
@@ -66,43 +66,16 @@ impl Disk {
         let disk = self.clone();
         Completion::started(async move {
             let (buf, result) = disk.write_locked(buf, range).await;
-            match disk.noticed(result) {
-                Ok(()) if flags.fua && !disk.flags().ignore_flush => {
-                    let flushed = disk.flush_now().await;
-                    (buf, disk.noticed(flushed))
-                }
-                result => (buf, result),
-            }
+            (buf, disk.written(result, flags).await)
         })
     }
 
-    /// Writes several buffers one after the other, beginning at `offset`; all come back.
-    pub fn write_vectored(
-        &self,
-        bufs: Vec<Buf>,
-        offset: u64,
-        flags: WriteFlags,
-    ) -> Completion<(Vec<Buf>, Result<()>)> {
-        let mut at = offset;
-        let mut parts = Vec::with_capacity(bufs.len());
-        for buf in bufs {
-            let len = buf.len() as u64;
-            parts.push(self.write(buf, at, flags));
-            at = at.saturating_add(len);
+    /// What a write that ended with `result` says: with FUA one flush follows it.
+    pub(crate) async fn written(&self, result: Result<()>, flags: WriteFlags) -> Result<()> {
+        match self.noticed(result) {
+            Ok(()) if flags.fua && !self.flags().ignore_flush => self.noticed(self.flush_now().await),
+            result => result,
         }
-        Completion::from_future(gather(parts))
-    }
-
-    /// Reads several buffers one after the other, beginning at `offset`; all come back.
-    pub fn read_vectored(&self, bufs: Vec<Buf>, offset: u64) -> Completion<(Vec<Buf>, Result<()>)> {
-        let mut at = offset;
-        let mut parts = Vec::with_capacity(bufs.len());
-        for buf in bufs {
-            let len = buf.len() as u64;
-            parts.push(self.read_at(buf, at));
-            at = at.saturating_add(len);
-        }
-        Completion::from_future(gather(parts))
     }
 
     /// Makes `range` read as zeros. With [`ZeroMode::MayUnmap`] its space may go.
@@ -162,7 +135,10 @@ impl Disk {
                 return Ok(());
             }
             let image = disk.image().ok_or_else(|| read_only(&disk.inner().name))?;
-            let closed = image.close().await;
+            let closed = match writing.is_shared {
+                true => disk.flush_shared().await,
+                false => image.close().await,
+            };
             writing.fail(closed).map_err(|e| e.image(&disk.inner().name).context("closing the image"))
         })
     }
@@ -184,10 +160,10 @@ impl Disk {
         }
     }
 
-    fn range_of(&self, buf: &Buf, offset: u64) -> Result<Range<u64>> {
-        match offset.checked_add(buf.len() as u64) {
+    pub(crate) fn range_of(&self, len: usize, offset: u64) -> Result<Range<u64>> {
+        match offset.checked_add(len as u64) {
             Some(end) if end <= self.size() => Ok(offset..end),
-            _ => Err(past_end(&self.inner().name, offset, buf.len(), self.size())),
+            _ => Err(past_end(&self.inner().name, offset, len, self.size())),
         }
     }
 
@@ -237,6 +213,9 @@ impl Disk {
                 .get_or_try_init(|| async {
                     // Of requests that wait here together, the first that fails ends writing for the others, too.
                     writing.check(&self.inner().name)?;
+                    if writing.is_shared {
+                        return Ok(()); // no marks: see ChainOptions::shareable
+                    }
                     let begun = image.begin().await;
                     writing.fail(begun).map_err(|e| e.context("marking the image as being written"))
                 })
@@ -250,16 +229,26 @@ impl Disk {
             Ok(both) => both,
             Err(error) => return (buf, Err(error)),
         };
-        {
-            let _guard = writing.locks.lock(range.clone(), Hold::Exclusive).await;
-            match self.is_in_place(image, range.clone()).await {
-                Ok(true) => return self.write_pieces(writing, image, buf, range).await,
-                Ok(false) => {}
-                Err(error) => return (buf, Err(error)),
-            }
+        match self.lock_to_write(writing, image, &range).await {
+            Ok(_guard) => self.write_pieces(writing, image, buf, range).await,
+            Err(error) => (buf, Err(error)),
         }
-        let _guard = writing.locks.lock(image.hull(range.clone()), Hold::Exclusive).await;
-        self.write_pieces(writing, image, buf, range).await
+    }
+
+    /// The lock for a write of `range`: on the range alone if all of it has a place, else on the whole units.
+    pub(crate) async fn lock_to_write(
+        &self,
+        writing: &Writing,
+        image: &dyn WritableImage,
+        range: &Range<u64>,
+    ) -> Result<RangeGuard> {
+        let guard = writing.locks.lock(range.clone(), Hold::Exclusive).await;
+        if self.is_in_place(image, range.clone()).await? {
+            return Ok(guard);
+        }
+        // Given back first: a wider lock behind one's own would wait for ever.
+        drop(guard);
+        Ok(writing.locks.lock(image.hull(range.clone()), Hold::Exclusive).await)
     }
 
     /// Whether every byte of `range` has a place of its own.
@@ -289,7 +278,7 @@ impl Disk {
     }
 
     /// Writes `buf` over `range`; the locks are held.
-    async fn write_pieces(
+    pub(crate) async fn write_pieces(
         &self,
         writing: &Writing,
         image: &dyn WritableImage,
@@ -358,6 +347,9 @@ impl Disk {
         base: u64,
         range: Range<u64>,
     ) -> (Buf, Result<u64>) {
+        if writing.is_shared {
+            return (buf, Err(self.table_would_change(&range)));
+        }
         let run = match self.worth_storing(writing, image, &mut buf, window, base, range.clone()).await {
             Ok(Ok(run)) => run,
             Ok(Err(skipped_to)) => return (buf, Ok(skipped_to)),
@@ -511,19 +503,6 @@ impl Disk {
         }
         Ok(())
     }
-}
-
-async fn gather(parts: Vec<Completion<WithBuf>>) -> (Vec<Buf>, Result<()>) {
-    let mut bufs = Vec::with_capacity(parts.len());
-    let mut outcome = Ok(());
-    for part in parts {
-        let (buf, result) = part.await;
-        bufs.push(buf);
-        if outcome.is_ok() {
-            outcome = result;
-        }
-    }
-    (bufs, outcome)
 }
 
 /// A driver that makes no step forward would be asked for ever, or at an offset inside a unit.

@@ -20,6 +20,9 @@ impl Disk {
         let (writing, image) = self.begin().await?;
         let hull = image.hull(range.clone());
         let _guard = writing.locks.lock(hull.clone(), Hold::Exclusive).await;
+        if writing.is_shared {
+            return self.zero_shared(image, range, if is_discard { ZeroMode::MayUnmap } else { mode }).await;
+        }
         if !is_discard {
             writing.forget_discarded(&hull);
         }
@@ -150,7 +153,10 @@ impl Disk {
         if writing.begun.get().is_none() {
             return Ok(());
         }
-        let flushed = image.flush().await;
+        let flushed = match writing.is_shared {
+            true => self.flush_shared().await,
+            false => image.flush().await,
+        };
         writing.fail(flushed)?;
         let mut moved = 0u64;
         while moved < MOVED_PER_FLUSH_MAX {

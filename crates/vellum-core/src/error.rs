@@ -221,6 +221,11 @@ impl Error {
         self.0.hint.get_or_insert_with(|| advice.into());
         self
     }
+    /// Another advice in place of the one that is there, which does not help where the error ended up.
+    pub fn replace_hint(mut self, advice: impl Into<String>) -> Self {
+        self.0.hint = Some(advice.into());
+        self
+    }
     /// A flush failed, or a write on which one depends: what was written before may be lost.
     pub fn flush_failure(mut self) -> Self {
         self.0.is_flush_failure = true;

@@ -1,8 +1,8 @@
 //! [`Format`]: what a driver of one format offers. Drivers are registered in a table; there are no globals.
 
 use crate::{
-    BoxFuture, CheckReport, CheckRequest, Chs, Code, Error, Events, Identity, Image, ImageWriter, Limits,
-    Location, Output, Resolver, Result, Storage, Uuid,
+    Access, BoxFuture, CheckReport, CheckRequest, Chs, Code, Error, Events, Identity, Image, ImageWriter,
+    Limits, Location, Output, Resolver, Result, Storage, Uuid,
 };
 use std::sync::Arc;
 
@@ -81,6 +81,8 @@ pub struct OpenRequest {
     /// Open for writing: [`crate::Image::writable`] is there, or opening fails and says why it cannot be. The storage
     /// is writable then; parts are to be opened for writing, too.
     pub write: bool,
+    /// How the storage was opened; parts are opened alike (but those that are not written, for reading).
+    pub access: Access,
     /// Do not refuse to write because of marks that say "check me first" (dirty, corrupt).
     pub skip_consistency_checks: bool,
     /// Open the state of an internal snapshot (id or name), for reading only.

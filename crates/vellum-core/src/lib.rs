@@ -24,6 +24,7 @@ mod completion;
 mod concat;
 mod disk;
 mod disk_state;
+mod disk_vectored;
 mod disk_write;
 mod disk_zero;
 mod error;
@@ -35,6 +36,7 @@ mod limits;
 mod locks;
 mod memory;
 mod resolver;
+mod shareable;
 mod slice;
 mod snapshots;
 mod spawner;
@@ -74,7 +76,7 @@ pub use storage::{
     ZeroMode,
 };
 pub use table::{PAGE_BYTES_MAX, Rank, TableCache, TableChange, TableView};
-pub use write::{Discarded, Intent, Placement, Reservation, WritableImage};
+pub use write::{Discarded, Intent, Placement, Reservation, WritableImage, not_shareable};
 pub use writer::{
     ImageWriter, MetaWrite, Output, OutputMode, Payload, Place, TableWriter, WriterShape, fill_range,
     set_len, write_all,

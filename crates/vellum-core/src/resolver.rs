@@ -42,6 +42,11 @@ pub enum Asker {
 pub struct Access {
     /// For reading and writing; else for reading.
     pub write: bool,
+    /// Together with `write`: other processes that open the file in the same way may write it at the same time. Those that
+    /// do not are kept out, and keep this one out. See [`crate::ChainOptions::shareable`].
+    pub shareable: bool,
+    /// A hint: the file will be read or written mostly from its start to its end.
+    pub sequential: bool,
 }
 
 /// Maps locations to storages, and decides who may open what.

@@ -4,7 +4,7 @@
 //! there; else the image reserves one, the engine fills it (completing partial blocks from the chain below) and
 //! commits it. Nothing is visible before its bytes are there, and nothing points at bytes that are not durable.
 
-use crate::{BoxFuture, Result};
+use crate::{BoxFuture, Code, Error, Result};
 use std::ops::Range;
 
 /// The write side of an image that was opened for writing.
@@ -50,6 +50,17 @@ pub trait WritableImage: Send + Sync {
     /// Ends the session: flushes and takes the marks back. The image is not changed afterwards.
     fn close(&self) -> BoxFuture<'_, Result<()>>;
 
+    /// Begins a session in which other processes write the image at the same time, in place of `begin`: only the bytes of the
+    /// disk itself may change, at the places that `place` names. Checks, and changes nothing in the file. Afterwards
+    /// nothing but `place` and `hull` is called.
+    ///
+    /// # Errors
+    /// `USAGE` if some part of the disk has no place yet, or if writing changes anything else (a table, a counter, the
+    /// length): the default.
+    fn share(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Err(not_shareable()) })
+    }
+
     /// Tables in memory want to be flushed before more is changed.
     fn wants_flush(&self) -> bool {
         false
@@ -60,6 +71,14 @@ pub trait WritableImage: Send + Sync {
     fn wants_move(&self) -> Option<Range<u64>> {
         None
     }
+}
+
+/// The error of [`WritableImage::share`] for images with tables.
+#[cold]
+pub fn not_shareable() -> Error {
+    Error::new(Code::Usage, "several processes cannot write it at the same time: writing changes its tables").hint(
+        "convert it to raw, a fixed VDI or VHD, or a flat VMDK; or open it for writing in one process only",
+    )
 }
 
 /// The answer of [`WritableImage::place`].

@@ -159,7 +159,7 @@ impl Output {
     async fn file(&self, last: Location) -> Result<Arc<dyn Storage>> {
         let resolver = &self.0.resolver;
         let part = Location(format!("{}.part", last.0));
-        let write = Access { write: true };
+        let write = Access { write: true, ..Access::default() };
         self.check_protected(&part).await?;
         let (part, storage) = match self.0.mode {
             OutputMode::Fresh => {

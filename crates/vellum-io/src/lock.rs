@@ -9,7 +9,12 @@
 //!             holds                  must find nobody at
 //!   writer    100 101 103  201 203   101 103  201 203  200
 //!   reader    100          201 203   101 103           200
+//!   shares    100 101          203       103  201      200
 //! ```
+//!
+//! The last is a writer that shares writing: it does not hold 201, and does not mind others at 101. It never changes the
+//! length, so it does not hold 103, but keeps those out that would; a device of QEMU with `share-rw=on` over an image of
+//! fixed length does the same, and the two go together.
 //!
 //! Both signs are set first and then it is looked; so of two that begin at the same time, at least one sees the other.
 //! If both do, both take their signs back and try again after a random time.
@@ -36,6 +41,9 @@ pub enum LockMode {
     /// Reads although somebody may be writing: what is read may be inconsistent. For writing the same as
     /// [`LockMode::Normal`].
     SharedRead,
+    /// Writes together with others that do so as well (QEMU's `share-rw=on`), and keeps all out that do not; for images
+    /// whose writing changes no table and no length. For reading the same as [`LockMode::Normal`].
+    SharedWrite,
     /// Locks are neither taken nor looked at. Two writers destroy an image.
     None,
 }
@@ -48,6 +56,7 @@ struct Signs {
 
 // Writers are looked for first: of two reasons this is the one that a user understands.
 const WRITER: Signs = Signs { hold: &[100, 101, 103, 201, 203], test: &[101, 103, 201, 203, 200] };
+const SHARED_WRITER: Signs = Signs { hold: &[100, 101, 203], test: &[103, 201, 200] };
 const READER: Signs = Signs { hold: &[100, 201, 203], test: &[101, 103, 200] };
 const SHARED_READER: Signs = Signs { hold: &[100], test: &[] };
 /// All bytes that are ever held.
@@ -66,8 +75,9 @@ const WAIT_MS: std::ops::Range<u64> = 10..51;
 pub(crate) fn take(fd: BorrowedFd<'_>, name: &str, write: bool, mode: LockMode) -> Result<Option<String>> {
     let signs = match (mode, write) {
         (LockMode::None, _) => return Ok(None),
+        (LockMode::SharedWrite, true) => SHARED_WRITER,
         (_, true) => WRITER,
-        (LockMode::Normal, false) => READER,
+        (LockMode::Normal | LockMode::SharedWrite, false) => READER,
         (LockMode::SharedRead, false) => {
             // Nothing depends on it: it only tells others that somebody reads.
             let _ = SHARED_READER.set_and_look(fd);

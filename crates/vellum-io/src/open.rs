@@ -8,7 +8,9 @@ use crate::file::LocalFile;
 use crate::lock::{self, LockMode};
 use crate::raw::{Direct, FileKind, RawFile, os};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat, StatxFlags, fstat, openat, statx};
+use rustix::fs::{
+    Advice, AtFlags, CWD, FileType, Mode, OFlags, Stat, StatxFlags, fadvise, fstat, openat, statx,
+};
 use rustix::io::{Errno, retry_on_intr};
 use std::path::{Path, PathBuf};
 use vellum_core::{BUF_ALIGN, Code, Error, Events, Result};
@@ -37,6 +39,9 @@ pub struct OpenOptions {
     pub lock: LockMode,
     /// Go around the page cache (`O_DIRECT`). Where the file system cannot, a warning says so and the cache is used.
     pub direct: bool,
+    /// A hint: the file will be read or written mostly from its start to its end, so the system is asked to read further
+    /// ahead. Without effect where there is no page cache (`direct`).
+    pub sequential: bool,
     /// Who carries requests out.
     pub driver: Driver,
     /// Threads and ring; those that all files share if `None`.
@@ -153,6 +158,10 @@ impl Found {
         let doing = if write { "opening for writing" } else { "opening" };
         let fd = self.descriptor(access).map_err(|e| os(&name, e, doing))?;
         self.lock(&fd, &name, write, options)?;
+        if options.sequential {
+            // Advice: a file system that takes none is as good without. It counts for this handle only.
+            let _ = advise(&fd, Advice::Sequential);
+        }
         let direct = match options.direct {
             false => None,
             true => {
@@ -164,7 +173,8 @@ impl Found {
                 direct
             }
         };
-        let file = RawFile::new(name, fd, direct, kind, write)?;
+        let shares_writing = write && options.lock == LockMode::SharedWrite;
+        let file = RawFile::new(name, fd, direct, kind, write, shares_writing)?;
         Ok(LocalFile::new(file, options.driver, options.context.as_ref()))
     }
 
@@ -178,6 +188,13 @@ impl Found {
         }
         Ok(())
     }
+}
+
+/// Says how the whole file will be used.
+fn advise(fd: &OwnedFd, advice: Advice) -> rustix::io::Result<()> {
+    #[cfg(test)]
+    tests::ADVISED.set(tests::ADVISED.get() + 1);
+    fadvise(fd, 0, None, advice)
 }
 
 /// What direct requests to `fd` must look like; `None` if there can be none.
@@ -242,5 +259,32 @@ pub(crate) fn sync_directory(path: &Path) -> Result<()> {
         // Some network file systems have nothing to flush there and say so.
         Ok(()) | Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(()),
         Err(errno) => Err(os(&name(), errno, "flushing the directory")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    thread_local! {
+        /// How often the system was told how a file will be used, on this thread.
+        pub(super) static ADVISED: Cell<usize> = const { Cell::new(0) };
+    }
+
+    #[test]
+    fn a_file_that_is_read_in_order_is_said_to_be_and_no_other() {
+        let directory = std::env::temp_dir().join(format!("vellum-advice-{}", std::process::id()));
+        std::fs::write(&directory, [7; 4096]).unwrap();
+        let told = |sequential| {
+            let before = ADVISED.get();
+            LocalFile::open(&directory, &OpenOptions { sequential, ..OpenOptions::default() }).unwrap();
+            ADVISED.get() - before
+        };
+        assert_eq!((told(false), told(true)), (0, 1));
+        // What is advised is understood.
+        let file: OwnedFd = std::fs::File::open(&directory).unwrap().into();
+        advise(&file, Advice::Sequential).unwrap();
+        std::fs::remove_file(&directory).unwrap();
     }
 }

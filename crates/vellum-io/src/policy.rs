@@ -3,7 +3,7 @@
 use crate::open::Found;
 use crate::raw::FileKind;
 use std::path::{Path, PathBuf};
-use vellum_core::{Code, Error, Location, Result};
+use vellum_core::{Asker, Code, Error, Location, Result};
 
 /// Which files an image may name as its parent or as a part of itself. The default allows regular files in the
 /// image's own directory and below it, after symbolic links are followed.
@@ -21,10 +21,10 @@ pub struct FilePolicy {
 
 impl FilePolicy {
     /// Whether an image in `directory` may name what was found; gives its canonical path.
-    pub(crate) fn check(&self, found: &Found, directory: &Path) -> Result<PathBuf> {
+    pub(crate) fn check(&self, found: &Found, directory: &Path, asker: &Asker) -> Result<PathBuf> {
         let path = found.canonical()?;
         if !self.allows(&path, directory) {
-            return Err(self.escape(directory));
+            return Err(self.escape(directory, asker));
         }
         match found.kind() {
             Ok(FileKind::Regular) => Ok(path),
@@ -34,16 +34,19 @@ impl FilePolicy {
                 format!("the image names {}", kind.err().unwrap_or("a block device")),
             )
             .allowed("regular files")
-            .hint("if you know what it is, name it with --parent FILE")),
+            .hint(match is_parent(asker) {
+                true => "if you know what it is, name it with --parent FILE",
+                false => "if you know what it is, copy its content to a file beside the image, and let the image name that",
+            })),
         }
     }
 
     /// Whether an image in `directory` may learn that nothing is at `path`.
-    pub(crate) fn check_missing(&self, path: &Path, directory: &Path) -> Result<()> {
+    pub(crate) fn check_missing(&self, path: &Path, directory: &Path, asker: &Asker) -> Result<()> {
         // The nearest directory that exists tells where the name leads.
         let there = path.ancestors().skip(1).find_map(|above| std::fs::canonicalize(above).ok());
         match there {
-            Some(there) if !self.allows(&there.join("x"), directory) => Err(self.escape(directory)),
+            Some(there) if !self.allows(&there.join("x"), directory) => Err(self.escape(directory, asker)),
             _ => Ok(()),
         }
     }
@@ -62,13 +65,23 @@ impl FilePolicy {
         own || self.allowed_directories.iter().any(listed)
     }
 
-    fn escape(&self, directory: &Path) -> Error {
+    fn escape(&self, directory: &Path, asker: &Asker) -> Error {
         let mut allowed = vec![directory.display().to_string()];
         allowed.extend(self.allowed_directories.iter().map(|directory| directory.display().to_string()));
         Error::new(Code::PathEscape, "the image names a file outside the directories that it may name files in")
             .allowed(allowed.join(", "))
-            .hint("if you trust the image, allow the directory with --allow-dir DIR, or name the file with --parent FILE")
+            .hint(match is_parent(asker) {
+                true => {
+                    "if you trust the image, allow the directory with --allow-dir DIR, or name the file with --parent FILE"
+                }
+                false => "if you trust the image, allow the directory with --allow-dir DIR",
+            })
     }
+}
+
+/// Only a parent can be named by the user instead: a part of an image is where the image says.
+fn is_parent(asker: &Asker) -> bool {
+    matches!(asker, Asker::Parent { .. })
 }
 
 /// The directory of the image at `location`, without symbolic links.

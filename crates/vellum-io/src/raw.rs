@@ -23,6 +23,8 @@ pub(crate) struct RawFile {
     pub(crate) kind: FileKind,
     pub(crate) id: StorageId,
     pub(crate) write: bool,
+    /// Other processes may write it at the same time.
+    shares_writing: bool,
     /// A power of two.
     pub(crate) granularity: u32,
     pub(crate) gate: Arc<Gate>,
@@ -77,6 +79,7 @@ impl RawFile {
         direct: Option<Direct>,
         kind: FileKind,
         write: bool,
+        shares_writing: bool,
     ) -> Result<Self> {
         let stat = rustix::fs::fstat(&fd).map_err(|e| os(&name, e, "asking for the file's attributes"))?;
         let id = match kind {
@@ -93,6 +96,7 @@ impl RawFile {
             kind,
             id,
             write,
+            shares_writing,
             granularity,
             gate: Arc::default(),
             can: Abilities::default(),
@@ -267,6 +271,7 @@ impl RawFile {
                 let _pass = self.pass(&span, false);
                 self.write_to(direct.fd.as_fd(), buf, offset, fua)?;
             }
+            Some(direct) if self.shares_writing => return Err(self.would_undo(direct, offset, buf.len())),
             Some(direct) => {
                 let _pass = self.pass(&span, true);
                 self.write_bounced(direct, buf, &span, fua)?;
@@ -279,6 +284,21 @@ impl RawFile {
     #[cold]
     pub(crate) fn overflow(&self, offset: u64) -> Error {
         Error::new(Code::Overflow, "a write goes past what a file can hold").image(&self.name).found(offset)
+    }
+
+    /// A direct write of a part of a block reads the block, changes it and writes it back. What another process writes there
+    /// in between would be lost, and no lock of ours keeps it from doing so.
+    #[cold]
+    fn would_undo(&self, direct: &Direct, offset: u64, len: usize) -> Error {
+        Error::new(
+            Code::Usage,
+            "a write around the page cache that is not whole blocks could undo what another process writes beside it",
+        )
+        .image(&self.name)
+        .at(offset)
+        .found(format!("{len} bytes"))
+        .allowed(format!("multiples of {} bytes", direct.alignment))
+        .hint("write whole blocks, or use the page cache (without --direct)")
     }
 
     /// Remembers that the file may have become longer.

@@ -1,6 +1,7 @@
 //! [`LocalFiles`]: the resolver for files of this machine.
 
 use crate::file::LocalFile;
+use crate::lock::LockMode;
 use crate::names;
 use crate::open::{Create, Found, OpenOptions, sync_directory};
 use crate::policy::{FilePolicy, directory_of};
@@ -35,7 +36,13 @@ impl LocalFiles {
     }
 
     fn options(&self, access: Access, create: Create) -> OpenOptions {
-        OpenOptions { write: access.write, create, ..self.options.clone() }
+        let lock = match self.options.lock {
+            LockMode::None => LockMode::None,
+            _ if access.write && access.shareable => LockMode::SharedWrite,
+            lock => lock,
+        };
+        let sequential = access.sequential || self.options.sequential;
+        OpenOptions { write: access.write, create, lock, sequential, ..self.options.clone() }
     }
 
     fn open_for_user(&self, name: &str, access: Access) -> Result<Opened> {
@@ -50,15 +57,21 @@ impl LocalFiles {
     }
 
     /// Opens what an image names. Nothing is opened before the policy has seen what it is.
-    fn open_for_image(&self, name: &str, of: &Location, access: Access) -> Result<Opened> {
+    fn open_for_image(&self, name: &str, asker: &Asker, of: &Location, access: Access) -> Result<Opened> {
         let directory = directory_of(of)?;
         let mut missing = None;
-        for candidate in names::from_image(name)? {
+        let candidates = names::from_image(name).map_err(|error| match (error.code(), asker) {
+            (Code::RemoteRef | Code::ExternalRef, Asker::Part { .. }) => error.replace_hint(
+                "if you trust the image, put the file beside it, and let the image name it there",
+            ),
+            _ => error,
+        })?;
+        for candidate in candidates {
             let path = directory.join(candidate);
             let found = match Found::at(&path, OFlags::empty()) {
                 Ok(found) => found,
                 Err(error) => {
-                    self.policy.check_missing(&path, &directory)?;
+                    self.policy.check_missing(&path, &directory, asker)?;
                     if error.code() != Code::NotFound {
                         return Err(error);
                     }
@@ -66,7 +79,7 @@ impl LocalFiles {
                     continue;
                 }
             };
-            let canonical = self.policy.check(&found, &directory)?;
+            let canonical = self.policy.check(&found, &directory, asker)?;
             let location = location(&canonical, &path)?;
             let storage = found.open(location.0.clone(), &self.options(access, Create::No))?;
             return Ok(Opened { storage: Arc::new(storage), location });
@@ -78,7 +91,7 @@ impl LocalFiles {
         match asker {
             Asker::User => self.open_for_user(name, access),
             Asker::Parent { of } | Asker::Part { of } => {
-                self.open_for_image(name, of, access).map_err(|error| {
+                self.open_for_image(name, asker, of, access).map_err(|error| {
                     // A missing or locked file is about that file; a refusal is about the image that asked.
                     let about = match error.code() {
                         Code::NotFound | Code::Locked => error,
@@ -99,8 +112,9 @@ impl Resolver for LocalFiles {
 
     fn create(&self, location: &Location, replace: bool) -> Completion<Result<Arc<dyn Storage>>> {
         let create = if replace { Create::Replace } else { Create::New };
-        let made = names::from_user(&location.0)
-            .and_then(|path| LocalFile::open(path, &self.options(Access { write: true }, create)));
+        let made = names::from_user(&location.0).and_then(|path| {
+            LocalFile::open(path, &self.options(Access { write: true, ..Access::default() }, create))
+        });
         Completion::ready(made.map(|file| Arc::new(file) as Arc<dyn Storage>))
     }
 

@@ -263,7 +263,8 @@ mod tests {
         let scratch = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
         std::fs::write(scratch.path(), (0..=255u8).collect::<Vec<_>>()).unwrap();
         let file = scratch.reopen().unwrap();
-        let file = RawFile::new("test".to_owned(), file.into(), None, FileKind::Regular, true).unwrap();
+        let file =
+            RawFile::new("test".to_owned(), file.into(), None, FileKind::Regular, true, false).unwrap();
         let (completer, completion) = Completion::slot();
         let write = write.then(WriteFlags::default);
         let pending = Arc::<Pending>::default().enter();

@@ -193,6 +193,117 @@ fn a_disk_that_vmware_uses_is_locked_and_its_host_is_named() {
     open(&scratch.path().join("other.vmdk"), true, LockMode::Normal).unwrap();
 }
 
+/// Another process that holds these bytes as QEMU does, or tells which of them are held.
+fn signs(path: &Path, hold: &[u64]) -> (std::process::Child, String) {
+    const SCRIPT: &str = "
+import fcntl, struct, sys
+f = open(sys.argv[1], 'r+b')
+def lock(command, kind, byte):
+    answer = fcntl.fcntl(f, command, struct.pack('hhqqi4x', kind, 0, byte, 1, 0))
+    return struct.unpack('hhqqi4x', answer)[0]
+for byte in sys.argv[2:]: lock(37, fcntl.F_RDLCK, int(byte))
+held = [b for b in (100, 101, 102, 103, 104, 200, 201, 202, 203, 204) if lock(36, fcntl.F_WRLCK, b) != fcntl.F_UNLCK]
+print(*held, flush=True)
+sys.stdin.read()";
+    let mut child = Command::new("/usr/bin/python3")
+        .args(["-c", SCRIPT, path.to_str().unwrap()])
+        .args(hold.iter().map(u64::to_string))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|e| panic!("/usr/bin/python3 is needed (Debian package python3): {e}"));
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    (child, line.trim_end().to_owned())
+}
+
+#[test]
+fn writers_that_share_go_together_and_with_nobody_else() {
+    let scratch = scratch();
+    let path = scratch.path().join("disk.raw");
+    std::fs::write(&path, [0; 4096]).unwrap();
+    let share = || open(&path, true, LockMode::SharedWrite);
+    let sharers: Vec<_> = (0..20).map(|_| share().unwrap()).collect();
+    let error = locked(open(&path, true, LockMode::Normal));
+    assert!(error.to_string().contains("open for writing by this process itself"), "{error}");
+    locked(open(&path, false, LockMode::Normal));
+    // Who reads in this mode depends on nobody's writing.
+    locked(open(&path, false, LockMode::SharedWrite));
+    open(&path, false, LockMode::SharedRead).unwrap();
+    drop(sharers);
+    let writer = open(&path, true, LockMode::Normal).unwrap();
+    let error = locked(share());
+    assert!(error.to_string().contains("open for writing"), "{error}");
+    drop(writer);
+    let reader = open(&path, false, LockMode::Normal).unwrap();
+    let error = locked(share());
+    assert!(error.to_string().contains("lets nobody else write it"), "{error}");
+    drop(reader);
+    share().unwrap();
+}
+
+#[test]
+fn who_shares_writing_gives_the_signs_of_a_qemu_device_that_does() {
+    let scratch = scratch();
+    let path = scratch.path().join("disk.raw");
+    std::fs::write(&path, [0; 4096]).unwrap();
+    let end = |(mut child, _): (std::process::Child, String)| {
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    };
+    let sharer = open(&path, true, LockMode::SharedWrite).unwrap();
+    let looking = signs(&path, &[]);
+    assert_eq!(looking.1, "100 101 203");
+    end(looking);
+    drop(sharer);
+    // Beside such a device; beside one that does not share writing, lets nobody read, or changes the length: not.
+    for (hold, is_welcome) in [
+        (&[100, 101, 203][..], true),
+        (&[100, 101], true),
+        (&[100, 101, 201, 203], false),
+        (&[100, 201], false),
+        (&[200], false),
+        (&[100, 101, 103], false),
+    ] {
+        let device = signs(&path, hold);
+        match is_welcome {
+            true => drop(open(&path, true, LockMode::SharedWrite).unwrap()),
+            false => drop(locked(open(&path, true, LockMode::SharedWrite))),
+        }
+        if hold.contains(&101) {
+            locked(open(&path, true, LockMode::Normal));
+        }
+        end(device);
+    }
+}
+
+#[test]
+fn who_shares_writing_around_the_cache_writes_whole_blocks_only() {
+    let scratch = scratch();
+    let path = scratch.path().join("disk.raw");
+    std::fs::write(&path, [7; 65536]).unwrap();
+    for driver in [Driver::Inline, Driver::Pool, Driver::Uring] {
+        let direct = |lock| {
+            let options = OpenOptions { write: true, direct: true, driver, lock, ..OpenOptions::default() };
+            LocalFile::open(&path, &options).unwrap()
+        };
+        let write = |file: &LocalFile, at, bytes: &[u8]| {
+            file.write_at(Buf::copy_of(bytes), at, WriteFlags::default()).wait().1
+        };
+        let sharer = direct(LockMode::SharedWrite);
+        write(&sharer, 8192, &[1; 8192]).unwrap();
+        let error = write(&sharer, 4096, &[2; 100]).unwrap_err();
+        assert_eq!((error.code(), error.offset()), (Code::Usage, Some(4096)), "{error:?}");
+        drop(sharer);
+        write(&direct(LockMode::Normal), 4096, &[3; 100]).unwrap();
+        let mut expected = vec![7; 65536];
+        expected[8192..16384].fill(1);
+        expected[4096..4196].fill(3);
+        assert!(std::fs::read(&path).unwrap() == expected, "{driver:?}");
+        std::fs::write(&path, [7; 65536]).unwrap();
+    }
+}
+
 #[test]
 fn the_resolver_locks_what_it_opens() {
     let scratch = scratch();
@@ -200,7 +311,9 @@ fn the_resolver_locks_what_it_opens() {
     std::fs::write(at("top"), [0; 512]).unwrap();
     std::fs::write(at("base"), [0; 512]).unwrap();
     let resolver = LocalFiles::new(FilePolicy::default(), OpenOptions::default());
-    let open = |name: &str, asker: &Asker, write: bool| resolver.open(name, asker, Access { write }).wait();
+    let open = |name: &str, asker: &Asker, write: bool| {
+        resolver.open(name, asker, Access { write, ..Access::default() }).wait()
+    };
     let parent = Asker::Parent { of: Location(at("top")) };
     let top = open(&at("top"), &Asker::User, true).unwrap();
     let base = open("base", &parent, false).unwrap();

@@ -91,6 +91,31 @@ fn by_default_an_image_names_files_in_its_own_directory_and_below() {
 }
 
 #[test]
+fn the_advice_about_a_refused_name_is_one_that_helps() {
+    let tree = tree();
+    let of = Location(tree.path().join("images/child").to_str().unwrap().to_owned());
+    let files = files(FilePolicy::default());
+    for (name, code) in [
+        ("../outside/x", Code::PathEscape),
+        ("fifo", Code::ExternalRef),
+        (r"C:\disks\base.vhd", Code::ExternalRef),
+        ("http://example.org/x", Code::RemoteRef),
+    ] {
+        let advice = |asker| {
+            let error = files.open(name, &asker, Access::default()).wait().err().unwrap();
+            assert_eq!(error.code(), code);
+            error.hint_text().unwrap().to_owned()
+        };
+        // The user can name a parent, but no extent and no data file.
+        let parent = advice(Asker::Parent { of: of.clone() });
+        assert!(parent.contains("--parent FILE"), "{parent}");
+        let part = advice(Asker::Part { of: of.clone() });
+        assert!(!part.contains("--parent"), "{part}");
+        assert!(part.contains("--allow-dir DIR") || code != Code::PathEscape, "{part}");
+    }
+}
+
+#[test]
 fn every_hostile_name_is_refused_with_its_code() {
     let tree = tree();
     let child = tree.path().join("images/child");

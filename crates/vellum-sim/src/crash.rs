@@ -242,7 +242,12 @@ mod tests {
     use vellum_core::{Access, Asker, Buf, Storage, WriteFlags};
 
     fn open(files: &std::sync::Arc<SimFiles>) -> std::sync::Arc<dyn Storage> {
-        files.resolver().open("f", &Asker::User, Access { write: true }).wait().unwrap().storage
+        files
+            .resolver()
+            .open("f", &Asker::User, Access { write: true, ..Access::default() })
+            .wait()
+            .unwrap()
+            .storage
     }
 
     fn write(disk: &dyn Storage, byte: u8, len: usize, at: u64) {

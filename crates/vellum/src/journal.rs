@@ -70,7 +70,8 @@ impl Journal {
         if !resolver.exists(location).await? {
             return Ok(None);
         }
-        let opened = resolver.open(&location.0, &Asker::User, Access { write: true }).await?;
+        let opened =
+            resolver.open(&location.0, &Asker::User, Access { write: true, ..Access::default() }).await?;
         let mut journal = Journal { storage: opened.storage, end: 0, sequence: 0 };
         let Some((BEGIN, begin)) = journal.next().await? else {
             return Err(damaged(location, "it has no beginning"));

@@ -55,7 +55,7 @@ impl Vellum {
             true => Arc::new(ForWriting(self.resolver.clone())),
             false => self.resolver.clone(),
         };
-        let checked = self.examine(name, options, resolver, Access { write }, true)?;
+        let checked = self.examine(name, options, resolver, Access { write, ..Access::default() }, true)?;
         let (vellum, name, options) = (self.clone(), name.to_owned(), options.clone());
         Ok(RepairPlan { vellum, name, options, checked, writable: write })
     }
@@ -311,7 +311,7 @@ pub(crate) struct ForWriting(pub Arc<dyn Resolver>);
 
 impl Resolver for ForWriting {
     fn open(&self, name: &str, asker: &Asker, _access: Access) -> Completion<Result<Opened>> {
-        self.0.open(name, asker, Access { write: true })
+        self.0.open(name, asker, Access { write: true, ..Access::default() })
     }
     fn create(&self, location: &Location, replace: bool) -> Completion<Result<Arc<dyn Storage>>> {
         self.0.create(location, replace)

@@ -48,7 +48,8 @@ impl Vellum {
         change: impl for<'a> FnOnce(&'a dyn Snapshots) -> BoxFuture<'a, Result<T>>,
     ) -> Result<T> {
         block_on(async {
-            let opened = self.resolver.open(name, &Asker::User, Access { write: true }).await?;
+            let opened =
+                self.resolver.open(name, &Asker::User, Access { write: true, ..Access::default() }).await?;
             let (format, resolver) = (options.format.as_deref(), &self.resolver);
             let opened = self.formats.open_image(resolver, opened, format, options, true, true, None).await?;
             let image: &dyn Image = opened.layer.image.as_ref();

@@ -20,14 +20,18 @@ pub(crate) fn mode(
         return Err(exists(target));
     }
     // Only what is open for writing tells whether its length can change: a device's cannot.
-    let existing = block_on(resolver.open(&target.0, &Asker::User, Access { write: true }))?;
+    let existing =
+        block_on(resolver.open(&target.0, &Asker::User, Access { write: true, ..Access::default() }))?;
     Ok(if existing.storage.limits().resizable { OutputMode::Fresh } else { OutputMode::Device })
 }
 
 /// Makes a device read as zeros, as the files of a new image do. Before anything is written to it.
 pub(crate) fn wipe(resolver: &dyn Resolver, target: &Location) -> Result<()> {
     block_on(async {
-        let storage = resolver.open(&target.0, &Asker::User, Access { write: true }).await?.storage;
+        let storage = resolver
+            .open(&target.0, &Asker::User, Access { write: true, ..Access::default() })
+            .await?
+            .storage;
         storage.zero(0..storage.len()?, ZeroMode::MayUnmap).await
     })
     .map_err(|error| error.image(target).context("wiping the target"))
@@ -62,7 +66,14 @@ pub(crate) fn check_not_source(
     if images.is_empty() || !block_on(resolver.exists(location))? {
         return Ok(());
     }
-    let existing = block_on(resolver.open(&location.0, &Asker::User, Access::default()))?;
+    let existing = block_on(resolver.open(&location.0, &Asker::User, Access::default()));
+    let existing = existing.map_err(|error| match error.code() {
+        // It is only looked at here, but it is to be overwritten: no way of reading it all the same would help.
+        Code::Locked => error
+            .replace_hint("wait until that has ended, or choose another target; nothing was changed")
+            .context("looking at the target, which is to be overwritten"),
+        _ => error,
+    })?;
     if existing.storage.id().is_some_and(|id| storage_ids(images).contains(&id)) {
         return Err(Error::new(Code::Usage, "the target is part of the source")
             .image(location)

@@ -47,7 +47,8 @@ impl Vellum {
     }
 
     async fn open_files(&self, name: &str, backup: &Backup) -> Result<(Location, Vec<Arc<dyn Storage>>)> {
-        let image = self.resolver.open(name, &Asker::User, Access { write: true }).await?;
+        let image =
+            self.resolver.open(name, &Asker::User, Access { write: true, ..Access::default() }).await?;
         let mut storages: Vec<Arc<dyn Storage>> = Vec::new();
         for file in &backup.files {
             if file.place.is_empty() {
@@ -56,7 +57,12 @@ impl Vellum {
             }
             // A backup is a file like any other: it may name what the image may name, no more.
             let asker = Asker::Part { of: image.location.clone() };
-            storages.push(self.resolver.open(&file.place, &asker, Access { write: true }).await?.storage);
+            storages.push(
+                self.resolver
+                    .open(&file.place, &asker, Access { write: true, ..Access::default() })
+                    .await?
+                    .storage,
+            );
         }
         Ok((image.location, storages))
     }

@@ -192,11 +192,15 @@ async fn data_file(
         return Ok(None);
     }
     let asker = Asker::Part { of: request.location.clone() };
-    let opened = request.resolver.open(name, &asker, Access { write: request.write }).await.map_err(|e| {
-        e.field("external data file name")
-            .found(name)
-            .context(format!("opening the data file of {}", request.location))
-    })?;
+    let opened = request
+        .resolver
+        .open(name, &asker, Access { write: request.write, ..request.access })
+        .await
+        .map_err(|e| {
+            e.field("external data file name")
+                .found(name)
+                .context(format!("opening the data file of {}", request.location))
+        })?;
     if opened.storage.id().is_some() && opened.storage.id() == request.storage.id() {
         return Err(Error::new(Code::Cycle, "the image names itself as its data file")
             .field("external data file name")

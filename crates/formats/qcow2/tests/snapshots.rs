@@ -25,6 +25,7 @@ fn request(files: &Arc<MemoryFiles>, write: bool, snapshot: Option<&str>) -> Ope
         events: Events::default(),
         open_parts: true,
         write,
+        access: vellum_core::Access::default(),
         skip_consistency_checks: false,
         snapshot: snapshot.map(str::to_owned),
         providers: Providers::seeded(1, 1_700_000_000),

@@ -20,7 +20,8 @@ use vellum_sim::{
 const NAME: &str = "t.qcow2";
 
 fn request(resolver: &Arc<dyn Resolver>) -> OpenRequest {
-    let opened = resolver.open(NAME, &Asker::User, Access { write: true }).wait().unwrap();
+    let opened =
+        resolver.open(NAME, &Asker::User, Access { write: true, ..Access::default() }).wait().unwrap();
     OpenRequest {
         storage: opened.storage,
         location: Location(NAME.into()),
@@ -29,6 +30,7 @@ fn request(resolver: &Arc<dyn Resolver>) -> OpenRequest {
         events: Events::default(),
         open_parts: true,
         write: true,
+        access: vellum_core::Access::default(),
         skip_consistency_checks: false,
         snapshot: None,
         providers: Providers::seeded(1, 1_700_000_000),

@@ -13,8 +13,8 @@ use crate::write::{HEAD, TRIES, Writer};
 use std::sync::atomic::Ordering;
 use vellum_core::storage::{read_vec, write_slice};
 use vellum_core::{
-    Buf, Code, Error, FlushPoint, Intent, Preallocate, Reservation, Result, WritableImage, WriteFlags, bytes,
-    flush_at,
+    Buf, Code, Error, FlushPoint, Image, Intent, Placement, Preallocate, Reservation, Result, WritableImage,
+    WriteFlags, bytes, flush_at, not_shareable,
 };
 
 /// At closing, holes are filled by moving at most so many bytes; the rest stays for the next session.
@@ -31,6 +31,35 @@ impl VdiImage {
         self.mark_session(writer).await?;
         // From now on the counter is ours.
         self.knows_counter.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Checks that every block has its place, and one of its own: then several processes can write at once.
+    pub(crate) async fn share_session(&self, writer: &Writer) -> Result<()> {
+        if !writer.is_fixed {
+            return Err(not_shareable());
+        }
+        self.survey_map(writer).await?;
+        let (mut at, mut misses) = (0u64, 0);
+        while at < self.info.virtual_size {
+            let rest = at..self.info.virtual_size;
+            match self.place(rest.clone())? {
+                Placement::InPlace { len, .. } => (at, misses) = (bytes::add(at, len.max(1))?, 0),
+                Placement::Miss if misses >= TRIES => return Err(self.squeezed()),
+                Placement::Miss => {
+                    misses = misses.saturating_add(1);
+                    self.load(rest).await?;
+                }
+                Placement::Absent { .. } => {
+                    return Err(Error::new(
+                        Code::Usage,
+                        "several processes cannot write it at the same time: though it is fixed, a block has no place yet",
+                    )
+                    .field("block map entry")
+                    .hint("convert it to a new fixed image, and use that"));
+                }
+            }
+        }
         Ok(())
     }
 

@@ -366,6 +366,10 @@ impl WritableImage for VdiImage {
         })
     }
 
+    fn share(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move { self.share_session(self.writing()?).await })
+    }
+
     fn flush(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move { self.flush_tables(self.writing()?).await })
     }

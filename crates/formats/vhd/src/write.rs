@@ -283,6 +283,15 @@ impl WritableImage for VhdImage {
         Box::pin(self.discard_block(range))
     }
 
+    fn share(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            match &self.tables {
+                None => Ok(()),
+                Some(_) => Err(vellum_core::not_shareable()),
+            }
+        })
+    }
+
     fn flush(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.flush_tables())
     }

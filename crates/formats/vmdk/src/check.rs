@@ -12,7 +12,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use vellum_core::bytes::{add, div, mul, rem, sub, wide};
 use vellum_core::{
-    CheckReport, CheckRequest, Code, Error, Image, OpenRequest, Providers, Result, Severity, Storage,
+    Access, CheckReport, CheckRequest, Code, Error, Image, OpenRequest, Providers, Result, Severity, Storage,
 };
 
 /// Things of one kind that a repair is planned for, at most.
@@ -30,6 +30,7 @@ pub(crate) async fn check(request: CheckRequest) -> Result<CheckReport> {
         events: request.events,
         open_parts: true,
         write: false,
+        access: Access::default(),
         skip_consistency_checks: true,
         snapshot: None,
         providers: Providers::seeded(0, 0),

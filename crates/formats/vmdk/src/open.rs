@@ -354,8 +354,10 @@ impl Assembly {
             return Ok(*number);
         }
         let asker = Asker::Part { of: self.request.location.clone() };
-        let access =
-            Access { write: self.request.write && self.written.iter().any(|written| written == name) };
+        let access = {
+            let write = self.request.write && self.written.iter().any(|written| written == name);
+            Access { write, shareable: write && self.request.access.shareable, ..self.request.access }
+        };
         let opened = self.request.resolver.open(name, &asker, access).await.map_err(|error| {
             let missing = error.code() == Code::NotFound;
             let error = error.image(&self.request.location).field("extent file").found(name);

@@ -512,6 +512,16 @@ impl WritableImage for VmdkImage {
         Box::pin(self.discard_start(range))
     }
 
+    fn share(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            self.writer()?;
+            match self.parts.iter().all(|part| matches!(part.source, Source::Flat { .. })) {
+                true => Ok(()),
+                false => Err(vellum_core::not_shareable()),
+            }
+        })
+    }
+
     fn flush(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.flush_all())
     }

@@ -344,6 +344,7 @@ fn a_disk_with_the_largest_directory_is_opened_and_read_with_little_io() {
         events: vellum_core::Events::new(|_| {}),
         open_parts: true,
         write: false,
+        access: vellum_core::Access::default(),
         skip_consistency_checks: false,
         snapshot: None,
         providers: vellum_core::Providers::seeded(0, 0),
