@@ -5,7 +5,7 @@ mod common;
 use common::scratch;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use vellum_core::{Access, Asker, Buf, Code, Error, Location, Resolver, Storage, WriteFlags};
 use vellum_io::{Create, Driver, FilePolicy, LocalFile, LocalFiles, LockMode, OpenOptions};
@@ -21,21 +21,14 @@ fn locked(opened: Result<LocalFile, Error>) -> Error {
 }
 
 /// Another process with a classic lock of the whole file.
-struct Other(std::process::Child);
+struct Other(Child);
 
 impl Other {
     fn lock(path: &Path) -> Other {
         const SCRIPT: &str = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); \
                               print('locked', flush=True); sys.stdin.read()";
-        let mut child = Command::new("/usr/bin/python3")
-            .args(["-c", SCRIPT, path.to_str().unwrap()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|e| panic!("/usr/bin/python3 is needed (Debian package python3): {e}"));
-        let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        assert_eq!(line, "locked\n");
+        let (child, line) = python(SCRIPT, path, &[]);
+        assert_eq!(line, "locked");
         Other(child)
     }
 }
@@ -194,7 +187,7 @@ fn a_disk_that_vmware_uses_is_locked_and_its_host_is_named() {
 }
 
 /// Another process that holds these bytes as QEMU does, or tells which of them are held.
-fn signs(path: &Path, hold: &[u64]) -> (std::process::Child, String) {
+fn signs(path: &Path, hold: &[u64]) -> (Child, String) {
     const SCRIPT: &str = "
 import fcntl, struct, sys
 f = open(sys.argv[1], 'r+b')
@@ -205,9 +198,14 @@ for byte in sys.argv[2:]: lock(37, fcntl.F_RDLCK, int(byte))
 held = [b for b in (100, 101, 102, 103, 104, 200, 201, 202, 203, 204) if lock(36, fcntl.F_WRLCK, b) != fcntl.F_UNLCK]
 print(*held, flush=True)
 sys.stdin.read()";
+    python(SCRIPT, path, hold)
+}
+
+/// Runs `script` with the file and numbers as its arguments; gives it, still running, and the line that it printed first.
+fn python(script: &str, path: &Path, numbers: &[u64]) -> (Child, String) {
     let mut child = Command::new("/usr/bin/python3")
-        .args(["-c", SCRIPT, path.to_str().unwrap()])
-        .args(hold.iter().map(u64::to_string))
+        .args(["-c", script, path.to_str().unwrap()])
+        .args(numbers.iter().map(u64::to_string))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -247,7 +245,7 @@ fn who_shares_writing_gives_the_signs_of_a_qemu_device_that_does() {
     let scratch = scratch();
     let path = scratch.path().join("disk.raw");
     std::fs::write(&path, [0; 4096]).unwrap();
-    let end = |(mut child, _): (std::process::Child, String)| {
+    let end = |(mut child, _): (Child, String)| {
         drop(child.stdin.take());
         child.wait().unwrap();
     };
