@@ -179,7 +179,8 @@ pub trait Channel: AsyncRead + AsyncWrite + Debug + Send + Unpin {
     ) -> Poll<io::Result<usize>>;
 
     /// Waits until one of the conditions holds, and says which. A hint like any readiness: an operation may still have
-    /// to wait.
+    /// to wait. A direction that has ended is ready; one that the channel never had (reading, of a pipe's writing end) is not
+    /// waited for, and [`ErrorKind::Unsupported`] if there is no other.
     fn poll_ready(&mut self, cx: &mut Context<'_>, interest: Interest) -> Poll<io::Result<Interest>>;
 
     /// Sends what waits in buffers of the channel, and ends both directions. The descriptor or memory is given back;
@@ -281,6 +282,26 @@ pub trait Channel: AsyncRead + AsyncWrite + Debug + Send + Unpin {
     fn unsupported(&self, what: &str) -> io::Error {
         error(ErrorKind::Unsupported, format!("{} {what}", self.label()))
     }
+}
+
+/// Those conditions of `wanted` that can come in the `directions` that `channel` has.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] when none can.
+pub(crate) fn conditions_to_wait_for(
+    channel: &impl Channel,
+    wanted: Interest,
+    directions: Interest,
+) -> io::Result<Interest> {
+    let possible = wanted & directions;
+    if possible.is_empty() && !wanted.is_empty() {
+        let (only, other) = match directions {
+            Interest::READ => ("reading", "writable"),
+            _ => ("writing", "readable"),
+        };
+        return Err(channel.unsupported(&format!("is for {only} only and never becomes {other}")));
+    }
+    Ok(possible)
 }
 
 macro_rules! forward_channel {

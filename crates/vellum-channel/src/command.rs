@@ -1,6 +1,9 @@
 //! A child process as a channel.
 
-use crate::channel::{Base, Channel, Closed, Features, Interest, ReadFlags, WriteFlags, stream_of_channel};
+use crate::channel::{
+    Base, Channel, Closed, Features, Interest, ReadFlags, WriteFlags, conditions_to_wait_for,
+    stream_of_channel,
+};
 use crate::control::{Control, WakeReader};
 use crate::descriptors::Descriptors;
 use crate::error::{Error, ErrorKind, error};
@@ -39,6 +42,14 @@ impl Direction {
 
     fn writes(self) -> bool {
         self != Self::Read
+    }
+
+    fn interest(self) -> Interest {
+        match self {
+            Self::Read => Interest::READ,
+            Self::Write => Interest::WRITE,
+            Self::Both => Interest::all(),
+        }
     }
 }
 
@@ -325,6 +336,7 @@ impl Channel for Command {
 
     fn poll_ready(&mut self, cx: &mut Context<'_>, interest: Interest) -> Poll<io::Result<Interest>> {
         self.sides.check_open()?;
+        let interest = conditions_to_wait_for(self, interest, self.direction.interest())?;
         let mut found = Interest::empty();
         if interest.contains(Interest::READ)
             && let Poll::Ready(is_ready) = self.sides.output.poll_ready(cx, Interest::READ)

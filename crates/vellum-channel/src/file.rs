@@ -1,6 +1,9 @@
 //! Files, pipes, terminals and devices as channels.
 
-use crate::channel::{Base, Channel, Closed, Features, Interest, ReadFlags, WriteFlags, stream_of_channel};
+use crate::channel::{
+    Base, Channel, Closed, Features, Interest, ReadFlags, WriteFlags, conditions_to_wait_for,
+    stream_of_channel,
+};
 use crate::control::{Control, WakeReader};
 use crate::descriptors::Descriptors;
 use crate::error::{ErrorKind, error};
@@ -63,6 +66,16 @@ enum Access {
     Read,
     Write,
     Both,
+}
+
+impl Access {
+    fn directions(self) -> Interest {
+        match self {
+            Self::Read => Interest::READ,
+            Self::Write => Interest::WRITE,
+            Self::Both => Interest::all(),
+        }
+    }
 }
 
 impl File {
@@ -174,7 +187,12 @@ impl File {
         .await
     }
 
+    fn check_open(&self) -> io::Result<()> {
+        if matches!(self.medium, Medium::Closed(_)) { Err(closed()) } else { Ok(()) }
+    }
+
     fn check_read(&self) -> io::Result<()> {
+        self.check_open()?;
         match self.access {
             Access::Write => Err(self.unsupported("is open for writing only")),
             _ => Ok(()),
@@ -182,6 +200,7 @@ impl File {
     }
 
     fn check_write(&self) -> io::Result<()> {
+        self.check_open()?;
         if self.is_write_ended {
             let message = format!("writing to {} has been ended", self.label());
             return Err(io::Error::new(io::ErrorKind::BrokenPipe, message));
@@ -287,13 +306,12 @@ impl Channel for File {
         }
     }
 
-    /// A direction that the file is not open for is ready: its operations fail at once.
     fn poll_ready(&mut self, cx: &mut Context<'_>, interest: Interest) -> Poll<io::Result<Interest>> {
-        let mut at_once = Interest::empty();
-        at_once.set(Interest::READ, self.check_read().is_err());
-        at_once.set(Interest::WRITE, self.check_write().is_err());
-        if interest.intersects(at_once) && !matches!(self.medium, Medium::Closed(_)) {
-            return Poll::Ready(Ok(interest & at_once));
+        self.check_open()?;
+        let interest = conditions_to_wait_for(self, interest, self.access.directions())?;
+        // Writing that was ended fails at once.
+        if self.is_write_ended && interest.contains(Interest::WRITE) {
+            return Poll::Ready(Ok(Interest::WRITE));
         }
         match &mut self.medium {
             Medium::Watched(watched) => watched.poll_ready(cx, interest),

@@ -3,13 +3,14 @@
 use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::Duration;
 use vellum_channel::{
-    Buffer, Channel, Command, Direction, Faulty, FaultyOptions, File, Observe, Pair, Pem, Rate, Shared,
-    Socket, Stream, Throttle, Timeout, TimeoutOptions, Tls, TlsClient, TlsClientOptions, TlsIdentity,
-    TlsServer, TlsServerOptions, WebSocket, WebSocketOptions,
+    Buffer, Channel, ChannelExt, Command, Direction, Faulty, FaultyOptions, File, FileOptions, Null, Observe,
+    Pair, Pem, Rate, Shared, Socket, Stream, Throttle, Timeout, TimeoutOptions, Tls, TlsClient,
+    TlsClientOptions, TlsIdentity, TlsServer, TlsServerOptions, WebSocket, WebSocketOptions, open_fd,
 };
-use vellum_conformance::channel::{End, Subject, Traits, passes, passes_as_whole};
+use vellum_conformance::channel::{Carries, End, Subject, Traits, passes};
 
 fn boxed<A, B>(ends: (A, B)) -> (End, End)
 where
@@ -181,14 +182,108 @@ fn short_and_slow() {
     }));
 }
 
+/// A pipe's ends, the one that is written first.
+fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (reader, writer) = io::pipe()?;
+    Ok((writer.into(), reader.into()))
+}
+
+fn one_way() -> Traits {
+    Traits { carries: Carries::OneWay, ..Traits::default() }
+}
+
+#[test]
+fn pipes() {
+    passes(&Subject::new("pipe", one_way(), || async {
+        let (near, far) = pipe()?;
+        Ok(boxed((File::from_fd(near)?, File::from_fd(far)?)))
+    }));
+}
+
+#[test]
+fn fifos() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let number = std::sync::atomic::AtomicUsize::new(0);
+    let directory_path = directory.path().to_owned();
+    passes(&Subject::new("fifo", one_way(), move || {
+        let number = number.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = directory_path.join(number.to_string());
+        async move {
+            make_fifo(&path)?;
+            let (reading, writing) = (FileOptions::read_only(), FileOptions::write_only());
+            let (far, near) = tokio::try_join!(File::open(&path, &reading), File::open(&path, &writing))?;
+            Ok(boxed((near, far)))
+        }
+    }));
+}
+
+fn make_fifo(path: &Path) -> io::Result<()> {
+    let made = std::process::Command::new("mkfifo").arg(path).status()?;
+    if made.success() { Ok(()) } else { Err(io::Error::other(format!("mkfifo: {made}"))) }
+}
+
+/// What `stdio:` opens when the standard streams of a process are two pipes, at both ends.
+#[test]
+fn standard_streams_that_are_pipes() {
+    let traits = Traits { moves: false, ..Traits::default() };
+    passes(&Subject::new("standard streams", traits, || async {
+        let ((near_output, far_input), (far_output, near_input)) = (pipe()?, pipe()?);
+        let near = Stream::new(tokio::io::join(open_fd(near_input)?, open_fd(near_output)?));
+        let far = Stream::new(tokio::io::join(open_fd(far_input)?, open_fd(far_output)?));
+        Ok(boxed((near, far)))
+    }));
+}
+
+/// QEMU's pair of children with a FIFO between them: one is only written to, the other only read from.
+#[test]
+fn commands_of_one_direction() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let number = std::sync::atomic::AtomicUsize::new(0);
+    let directory_path = directory.path().to_owned();
+    let traits = Traits { delivers_when_dropped: false, ..one_way() };
+    passes(&Subject::new("commands of one direction", traits, move || {
+        let number = number.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = directory_path.join(number.to_string());
+        async move {
+            make_fifo(&path)?;
+            let child = |script: &str, direction| {
+                let mut shell = std::process::Command::new("sh");
+                shell.args(["-c", script, "sh"]).arg(&path);
+                Command::spawn(shell, direction)
+            };
+            let mut near = child("exec cat > \"$1\"", Direction::Write)?;
+            let mut far = child("exec cat < \"$1\"", Direction::Read)?;
+            // A byte goes through: both children have opened the FIFO, and neither waits there for the other for ever.
+            near.writev_all(&[io::IoSlice::new(b"!")]).await?;
+            far.read_all(&mut [0]).await?;
+            Ok(boxed((near, far)))
+        }
+    }));
+}
+
+/// Kinds of which each end is a whole.
+fn alone(carries: Carries) -> Traits {
+    Traits { carries, ..Traits::default() }
+}
+
+#[test]
+fn nowhere() {
+    passes(&Subject::new("null", alone(Carries::Nothing), || async {
+        Ok(boxed((Null::new(), Null::new())))
+    }));
+}
+
 #[test]
 fn memory() {
-    passes_as_whole("buffer", || Box::new(Buffer::new()));
+    passes(&Subject::new("buffer", alone(Carries::ToItself), || async {
+        Ok(boxed((Buffer::new(), Buffer::new())))
+    }));
 }
 
 #[test]
 fn regular_file() {
-    passes_as_whole("file", || {
-        Box::new(File::from_fd(tempfile::tempfile().expect("a file").into()).expect("a channel"))
-    });
+    passes(&Subject::new("file", alone(Carries::ToItself), || async {
+        let file = || File::from_fd(tempfile::tempfile()?.into());
+        Ok(boxed((file()?, file()?)))
+    }));
 }

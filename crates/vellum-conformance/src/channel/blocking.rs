@@ -1,31 +1,31 @@
 //! The same by threads that block.
 
-use super::{End, Subject, chunks, executor, pattern, rooms, slices};
+use super::{End, Needs, Subject, chunks, executor, pattern, rooms, slices};
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::sync::mpsc;
 use std::time::Duration;
-use vellum_channel::{Blocking, Channel, Features, Interest, Shutdown};
+use vellum_channel::{Blocking, Channel, Closed, ErrorKind, Features, Interest, Shutdown, kind_of};
 
 pub(super) fn cases(subject: &Subject) {
-    for exchanged in [false, true] {
-        case(subject, exchanged, "chunks", |near, far| chunks_arrive(near, far, true));
-        case(subject, exchanged, "chunks, non-blocking", |near, far| chunks_arrive(near, far, false));
-        case(subject, exchanged, "std's traits", std_traits);
-        case(subject, exchanged, "would block", would_block);
-        case(subject, exchanged, "both directions in four threads", four_threads);
-        case(subject, exchanged, "shutdown wakes a thread", shutdown_wakes_a_thread);
+    case(subject, Needs::NearToFar, "chunks", |near, far| chunks_arrive(near, far, true));
+    case(subject, Needs::NearToFar, "chunks, non-blocking", |near, far| chunks_arrive(near, far, false));
+    case(subject, Needs::NearToFar, "std's traits", std_traits);
+    case(subject, Needs::NearToFar, "would block", would_block);
+    case(subject, Needs::BothWays, "both directions in four threads", four_threads);
+    case(subject, Needs::FarToNear, "shutdown wakes a thread", shutdown_wakes_a_thread);
+    case(subject, Needs::Nothing, "after close", after_close);
+}
+
+pub(super) type Ends = Blocking<End>;
+
+/// Runs one case in a thread, so that one that hangs is told of.
+pub(super) fn case(subject: &Subject, needs: Needs, name: &'static str, body: fn(Ends, Ends)) {
+    for &exchanged in subject.orders(needs) {
+        in_a_thread(subject, exchanged, name, body);
     }
 }
 
-type Ends = Blocking<End>;
-
-/// Runs one case in a thread, so that one that hangs is told of.
-fn case(
-    subject: &Subject,
-    exchanged: bool,
-    name: &'static str,
-    body: impl FnOnce(Ends, Ends) + Send + 'static,
-) {
+fn in_a_thread(subject: &Subject, exchanged: bool, name: &'static str, body: fn(Ends, Ends)) {
     eprintln!("{}: blocking: {name}{}", subject.name, if exchanged { ", ends exchanged" } else { "" });
     let runtime = executor();
     let (near, far) = runtime.block_on(subject.ends());
@@ -115,6 +115,17 @@ fn four_threads(near: Ends, far: Ends) {
         thread.join().expect("no thread fails");
     }
     drop(ends);
+}
+
+fn after_close(mut near: Ends, far: Ends) {
+    drop(far);
+    // A peer that is gone may make the first close fail; the channel is closed all the same.
+    let _: io::Result<Closed> = near.close();
+    near.close().expect("a second close does nothing");
+    let error = near.read(&mut [0; 4]).expect_err("closed");
+    assert_eq!(kind_of(&error), Some(ErrorKind::Closed), "reading: {error}");
+    let error = near.write(b"x").expect_err("closed");
+    assert_eq!(kind_of(&error), Some(ErrorKind::Closed), "writing: {error}");
 }
 
 fn shutdown_wakes_a_thread(mut near: Ends, far: Ends) {

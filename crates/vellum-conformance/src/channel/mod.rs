@@ -3,12 +3,12 @@
 mod blocking;
 mod ends;
 mod moves;
+mod nowhere;
+mod one_way;
 mod refusals;
 mod transfer;
 mod waits;
 mod whole;
-
-pub use whole::passes_as_whole;
 
 use std::fmt::Debug;
 use std::future::Future;
@@ -22,9 +22,24 @@ pub type End = Box<dyn Channel>;
 
 type Making = Pin<Box<dyn Future<Output = io::Result<(End, End)>> + Send>>;
 
+/// Where bytes that are written come out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carries {
+    /// At the other end, in either direction.
+    BothWays,
+    /// From the first end to the second: pipes.
+    OneWay,
+    /// At the same end, which has positions: files and memory. The two ends are two separate ones, both empty.
+    ToItself,
+    /// Nowhere.
+    Nothing,
+}
+
 /// What holds for some kinds and not for others.
 #[derive(Clone, Copy, Debug)]
 pub struct Traits {
+    /// Where bytes come out.
+    pub carries: Carries,
     /// It can be detached from its executor and attached to another one.
     pub moves: bool,
     /// After one direction has ended the other goes on.
@@ -37,8 +52,27 @@ pub struct Traits {
 
 impl Default for Traits {
     fn default() -> Self {
-        Self { moves: true, half_closes: true, is_bounded: true, delivers_when_dropped: true }
+        Self {
+            carries: Carries::BothWays,
+            moves: true,
+            half_closes: true,
+            is_bounded: true,
+            delivers_when_dropped: true,
+        }
     }
+}
+
+/// What a case has the ends do.
+#[derive(Clone, Copy, Debug)]
+enum Needs {
+    /// No bytes have to arrive.
+    Nothing,
+    /// The first end that it is given writes, the second one reads.
+    NearToFar,
+    /// The second one writes, the first one reads.
+    FarToNear,
+    /// Both do both.
+    BothWays,
 }
 
 /// A kind of channel: how to make two connected ends of it.
@@ -57,6 +91,16 @@ impl Subject {
         Self { name: name.to_owned(), traits, make: Box::new(move || Box::pin(make())) }
     }
 
+    /// Whether the ends are exchanged, for each time that a case is carried out. None if it asks for more than the kind has.
+    fn orders(&self, needs: Needs) -> &'static [bool] {
+        match (self.traits.carries, needs) {
+            (Carries::BothWays, _) | (_, Needs::Nothing) => &[false, true],
+            (Carries::OneWay, Needs::NearToFar) => &[false],
+            (Carries::OneWay, Needs::FarToNear) => &[true],
+            _ => &[],
+        }
+    }
+
     async fn ends(&self) -> (End, End) {
         (self.make)().await.unwrap_or_else(|error| panic!("{}: cannot be made: {error}", self.name))
     }
@@ -67,7 +111,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Long enough to see that nothing happens.
 const MOMENT: Duration = Duration::from_millis(30);
 
-/// Carries out every case. Panics name the channel and the case.
+/// Carries out every case that the kind's traits leave. Panics name the channel and the case.
 pub fn passes(subject: &Subject) {
     transfer::cases(subject);
     ends::cases(subject);
@@ -75,14 +119,20 @@ pub fn passes(subject: &Subject) {
     refusals::cases(subject);
     moves::cases(subject);
     blocking::cases(subject);
+    match subject.traits.carries {
+        Carries::BothWays => {}
+        Carries::OneWay => one_way::cases(subject),
+        Carries::ToItself => whole::cases(subject),
+        Carries::Nothing => nowhere::cases(subject),
+    }
 }
 
-/// Runs one case twice, with the ends exchanged, each on an executor of its own.
-fn case<F>(subject: &Subject, name: &str, body: impl Fn(End, End) -> F)
+/// Runs one case, if it can also with the ends exchanged, each time on an executor of its own.
+fn case<F>(subject: &Subject, needs: Needs, name: &str, body: impl Fn(End, End) -> F)
 where
     F: Future<Output = ()>,
 {
-    for exchanged in [false, true] {
+    for &exchanged in subject.orders(needs) {
         eprintln!("{}: {name}{}", subject.name, if exchanged { ", ends exchanged" } else { "" });
         let runtime = executor();
         runtime.block_on(async {

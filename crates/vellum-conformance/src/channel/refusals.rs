@@ -1,18 +1,19 @@
 //! What a channel cannot do it refuses, by the features that it states.
 
-use super::{End, Subject, case};
+use super::{End, Needs, Subject, case};
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, SeekFrom};
 use std::os::fd::AsFd;
 use vellum_channel::{
-    Channel, ChannelExt, Descriptors, ErrorKind, Features, ReadFlags, WriteFlags, ZeroCopy, kind_of,
+    Channel, ChannelExt, Descriptors, ErrorKind, Features, ReadFlags, Shutdown, WriteFlags, ZeroCopy, kind_of,
 };
 
 pub(super) fn cases(subject: &Subject) {
-    case(subject, "descriptors", descriptors);
-    case(subject, "zero-copy", zero_copy);
-    case(subject, "positions", positions);
-    case(subject, "names", names);
+    case(subject, Needs::Nothing, "descriptors", descriptors);
+    case(subject, Needs::Nothing, "zero-copy", zero_copy);
+    case(subject, Needs::Nothing, "positions", positions);
+    case(subject, Needs::Nothing, "shutdown and peek", shutdown_and_peek);
+    case(subject, Needs::Nothing, "names", names);
 }
 
 async fn descriptors(mut near: End, mut far: End) {
@@ -61,6 +62,20 @@ async fn positions(mut near: End, far: End) {
     assert_eq!(kind_of(&error), Some(ErrorKind::Unsupported), "{error}");
     let error = near.pwritev(&[IoSlice::new(b"x")], 0).await.expect_err("no positions");
     assert_eq!(kind_of(&error), Some(ErrorKind::Unsupported), "{error}");
+    drop(far);
+}
+
+async fn shutdown_and_peek(mut near: End, far: End) {
+    if !near.features().contains(Features::SHUTDOWN) {
+        for how in [Shutdown::Read, Shutdown::Write, Shutdown::Both] {
+            let error = near.shut_down(how).expect_err("it has no such feature");
+            assert_eq!(kind_of(&error), Some(ErrorKind::Unsupported), "{error}");
+        }
+    }
+    if !near.features().contains(Features::PEEK) {
+        let error = near.peek(&mut [0; 4]).await.expect_err("it has no such feature");
+        assert_eq!(kind_of(&error), Some(ErrorKind::Unsupported), "{error}");
+    }
     drop(far);
 }
 

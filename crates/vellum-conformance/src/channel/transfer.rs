@@ -1,23 +1,25 @@
 //! Bytes arrive, all of them, in order, however they are handed over.
 
-use super::{End, Subject, case, chunks, not_yet, pattern, rooms, slices, soon};
+use super::{End, Needs, Subject, case, chunks, not_yet, pattern, rooms, slices, soon};
 use std::io::{IoSlice, IoSliceMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vellum_channel::{Channel, ChannelExt, ErrorKind, Shared, kind_of};
 
 pub(super) fn cases(subject: &Subject) {
-    case(subject, "chunks in blocking mode", |near, far| chunks_arrive(near, far, true));
-    case(subject, "chunks in non-blocking mode", |near, far| chunks_arrive(near, far, false));
-    case(subject, "slices are filled in order", slices_are_filled_in_order);
-    case(subject, "empty slices", empty_slices);
-    case(subject, "both directions at once", both_directions_at_once);
-    case(subject, "Tokio's copy", tokio_copies);
-    case(subject, "end of the stream", end_of_stream);
+    case(subject, Needs::NearToFar, "chunks in blocking mode", |near, far| chunks_arrive(near, far, true));
+    case(subject, Needs::NearToFar, "chunks in non-blocking mode", |near, far| {
+        chunks_arrive(near, far, false)
+    });
+    case(subject, Needs::NearToFar, "slices are filled in order", slices_are_filled_in_order);
+    case(subject, Needs::NearToFar, "empty slices", empty_slices);
+    case(subject, Needs::BothWays, "both directions at once", both_directions_at_once);
+    case(subject, Needs::NearToFar, "Tokio's copy", tokio_copies);
+    case(subject, Needs::NearToFar, "end of the stream", end_of_stream);
     if subject.traits.is_bounded {
-        case(subject, "an abandoned write", abandoned_write);
+        case(subject, Needs::NearToFar, "an abandoned write", abandoned_write);
     }
-    case(subject, "an abandoned read", abandoned_read);
-    case(subject, "cork and delay", cork_and_delay);
+    case(subject, Needs::NearToFar, "an abandoned read", abandoned_read);
+    case(subject, Needs::NearToFar, "cork and delay", cork_and_delay);
 }
 
 async fn chunks_arrive(mut near: End, mut far: End, is_blocking: bool) {

@@ -1,17 +1,17 @@
 //! Channels that have one end and positions: files and memory.
 
-use super::{End, chunks, executor, pattern, rooms, slices};
-use std::io::{IoSlice, IoSliceMut, SeekFrom};
+use super::{Carries, End, Needs, Subject, blocking, chunks, executor, pattern, rooms, slices};
+use std::io::{IoSlice, IoSliceMut, Seek, SeekFrom, Write};
 use tokio::io::AsyncWriteExt;
 use tokio::runtime::Handle;
-use vellum_channel::{Channel, ChannelExt, ErrorKind, Features, Interest, kind_of};
+use vellum_channel::{Blocking, Channel, ChannelExt, ErrorKind, Features, Interest, kind_of};
 
-/// What a channel passes that is read back where it was written. `make` gives an empty one.
-pub fn passes_as_whole(name: &str, make: impl Fn() -> End) {
+pub(super) fn cases(subject: &Subject) {
+    debug_assert_eq!(subject.traits.carries, Carries::ToItself);
     for is_blocking in [true, false] {
-        eprintln!("{name}: written and read back");
+        eprintln!("{}: written and read back", subject.name);
         executor().block_on(async {
-            let mut channel = make();
+            let (mut channel, _other) = subject.ends().await;
             channel.set_blocking(is_blocking);
             written_and_read_back(&mut channel).await;
             positions(&mut channel).await;
@@ -19,6 +19,7 @@ pub fn passes_as_whole(name: &str, make: impl Fn() -> End) {
             closed(&mut channel).await;
         });
     }
+    blocking::case(subject, Needs::Nothing, "written and read back", threads);
 }
 
 async fn written_and_read_back(channel: &mut End) {
@@ -80,4 +81,22 @@ async fn closed(channel: &mut End) {
     assert_eq!(kind_of(&error), Some(ErrorKind::Closed), "reading: {error}");
     let error = channel.seek_to(SeekFrom::Start(0)).await.expect_err("closed");
     assert_eq!(kind_of(&error), Some(ErrorKind::Closed), "seeking: {error}");
+}
+
+fn threads(mut near: Blocking<End>, _far: Blocking<End>) {
+    let mut expected = Vec::new();
+    for is_blocking in [true, false] {
+        near.set_blocking(is_blocking);
+        near.writev_all(&slices(&chunks())).expect("written");
+        near.writev_all(&[IoSlice::new(b"and more")]).expect("written");
+        near.flush().expect("flushed");
+        expected.extend(chunks().concat());
+        expected.extend(b"and more");
+        near.seek(SeekFrom::Start(0)).expect("moved");
+        let mut received = vec![0; expected.len()];
+        near.read_all(&mut received).expect("read");
+        assert!(received == expected, "other bytes came than were written");
+        assert!(!near.read_all_eof(&mut [0]).expect("the end"));
+        assert_eq!(near.wait(Interest::all()).expect("ready"), Interest::all());
+    }
 }
