@@ -81,7 +81,14 @@ struct Report<'a> {
     data_bytes: u64,
     resumed_at: Option<u64>,
     verified: bool,
+    left_behind: Vec<LeftBehind<'a>>,
     seconds: f64,
+}
+
+#[derive(Serialize)]
+struct LeftBehind<'a> {
+    image: &'a str,
+    what: &'a str,
 }
 
 /// Runs the verb.
@@ -121,6 +128,7 @@ pub fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<(), Failure> {
             data_bytes: report.data_bytes,
             resumed_at: report.resumed_at,
             verified: report.verified,
+            left_behind: report.left_behind.iter().map(|(image, what)| LeftBehind { image, what }).collect(),
             seconds: seconds.as_secs_f64(),
         });
     }

@@ -25,7 +25,8 @@ fn snapshots_are_made_listed_applied_and_deleted_as_qemu_sees_them() {
     dir.vellum(&["snapshot", "list", "a.qcow2"]).exits(0).shows("first").shows("20");
 
     // Each state is there, for us and for QEMU.
-    dir.vellum(&["convert", "-q", "--snapshot", "first", "a.qcow2", "first.raw", "-O", "raw"]).exits(0);
+    let one = dir.vellum(&["convert", "--snapshot", "first", "a.qcow2", "first.raw", "-O", "raw"]).exits(0);
+    assert!(!one.err.contains("left behind"), "who asks for a snapshot wants no other one");
     dir.io("first.raw", &["-r", "-f", "raw"], &["read -S 1 0 2M", "read -P 0 2M 14M"]).exits(0);
     dir.qemu_img(&["convert", "-l", "snapshot.name=second", "-O", "raw", "a.qcow2", "second.raw"]);
     dir.vellum(&["compare", "--snapshot", "2", "-F", "raw", "a.qcow2", "second.raw"]).exits(0);
@@ -50,6 +51,25 @@ fn snapshots_are_made_listed_applied_and_deleted_as_qemu_sees_them() {
     dir.vellum(&["snapshot", "list", "a.qcow2"]).exits(0).shows("no snapshots");
     dir.vellum(&["check", "a.qcow2"]).exits(0);
     dir.qemu_img(&["check", "a.qcow2"]);
+}
+
+#[test]
+fn a_conversion_says_what_it_leaves_behind() {
+    let dir = Dir::new();
+    dir.vellum(&["create", "-q", "a.qcow2", "8M"]).exits(0);
+    dir.vellum(&["convert", "a.qcow2", "plain.vdi"]).exits(0);
+    dir.vellum(&["snapshot", "create", "-q", "a.qcow2", "first"]).exits(0);
+    dir.qemu_img(&["bitmap", "--add", "a.qcow2", "changes"]);
+    let said = "a.qcow2: only the disk is copied; left behind: 1 internal snapshot, 1 persistent bitmap";
+    dir.vellum(&["convert", "a.qcow2", "a.vdi"]).exits(0).says(said);
+    // Also what a parent has.
+    dir.vellum(&["snapshot", "create", "-q", "a.qcow2", "second"]).exits(0);
+    dir.vellum(&["create", "-q", "--parent", "a.qcow2", "child.qcow2"]).exits(0);
+    let done = dir.vellum(&["convert", "--json", "child.qcow2", "child.vdi"]).json();
+    let left = done["left_behind"].as_array().expect("a list");
+    assert_eq!(left.len(), 1);
+    assert!(left[0]["image"].as_str().is_some_and(|image| image.ends_with("a.qcow2")), "{left:?}");
+    assert_eq!(left[0]["what"], "2 internal snapshots, 1 persistent bitmap");
 }
 
 #[test]

@@ -127,6 +127,9 @@ pub struct ImageInfo {
     pub dirty: Option<String>,
     /// Other files that belong to the image (extents, data file), as the image names them.
     pub files: Vec<String>,
+    /// What the image keeps besides the disk that a guest sees, in words: "2 internal snapshots". A copy of the disk
+    /// leaves it behind.
+    pub besides: Vec<String>,
     /// Everything else that the format keeps, in the format's own words.
     pub properties: Vec<Property>,
     /// What is odd but was tolerated.

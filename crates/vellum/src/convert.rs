@@ -88,6 +88,8 @@ pub struct ConvertReport {
     pub resumed_at: Option<u64>,
     /// The result was read back and is the same.
     pub verified: bool,
+    /// Images of the source that keep more than the disk, and what of it (snapshots, bitmaps) the new image does not have.
+    pub left_behind: Vec<(String, String)>,
 }
 
 /// A job file is begun, and brought up to date, this often.
@@ -105,9 +107,22 @@ impl Vellum {
         let mode = target::mode(self.resolver.as_ref(), &at, request.force, &images)?;
         let options =
             OptionValues::check(format.name(), format.create_options(), request.options.iter().cloned())?;
+        let left_behind = left_behind(&images, request.source_options.snapshot.is_some());
+        for (image, what) in &left_behind {
+            let message = format!("{image}: only the disk is copied; left behind: {what}");
+            request.source_options.events.warn(&message);
+        }
         let job = Job { vellum: self, request, disk, images, format, options, mode };
-        job.run(progress)
+        Ok(ConvertReport { left_behind, ..job.run(progress)? })
     }
+}
+
+/// Whoever asks for one snapshot of the top image knows that it is all that is copied.
+fn left_behind(images: &[OpenedImage], is_of_a_snapshot: bool) -> Vec<(String, String)> {
+    let left = images.iter().skip(usize::from(is_of_a_snapshot)).map(|image| &image.layer);
+    left.filter(|layer| !layer.image.info().besides.is_empty())
+        .map(|layer| (layer.location.0.clone(), layer.image.info().besides.join(", ")))
+        .collect()
 }
 
 /// One conversion.
@@ -288,6 +303,7 @@ impl Job<'_> {
             data_bytes,
             resumed_at: progressed.map(|p| p.position),
             verified: false,
+            left_behind: Vec::new(),
         })
     }
 

@@ -41,12 +41,16 @@ pub(crate) async fn open(request: OpenRequest) -> Result<Arc<dyn Image>> {
     }
     let snapshots = snapshot::snapshots(main.as_ref(), &header, file_len, &request.limits).await?;
     if !snapshots.is_empty() {
+        info.besides.push(counted(snapshots.len(), "internal snapshot"));
         info.property("snapshots", Value::List(snapshots));
     }
     let are_kept = header.autoclear & AUTOCLEAR_BITMAPS != 0;
     if let Some(bitmaps) = extensions.bitmaps {
         match snapshot::bitmaps(main.as_ref(), &header, bitmaps, file_len).await {
-            Ok(listed) => info.property("bitmaps", Value::List(listed)),
+            Ok(listed) => {
+                info.besides.push(counted(listed.len(), "persistent bitmap"));
+                info.property("bitmaps", Value::List(listed));
+            }
             // Where a program did not keep them, their space may be anything by now.
             Err(_) if !are_kept => {}
             Err(error) => return Err(error),
@@ -209,6 +213,10 @@ async fn data_file(
             .hint("the image was damaged or made to mislead; do not use it"));
     }
     Ok(Some(opened.storage))
+}
+
+fn counted(count: usize, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
 fn describe(request: &OpenRequest, header: &Header, extensions: &Extensions) -> ImageInfo {
