@@ -16,6 +16,8 @@ packages=(
     python3-websockets # the other end of WebSocket channels
     openssl         # the other end of TLS channels: s_client, s_server
     socat           # the other end of sockets and commands
+    user-mode-linux # a kernel with the loopback of vsock, where this one has none (scripts/in-uml.sh)
+    kmod            # insmod, in that kernel
     fdisk           # sfdisk: partition tables of the disks that the tests and benchmarks build
     e2fsprogs       # mke2fs -d: file systems filled without root
     btrfs-progs     # mkfs.btrfs: reflinks

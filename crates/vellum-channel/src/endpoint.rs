@@ -38,8 +38,17 @@ impl fmt::Display for Endpoint {
             Self::UnixPath(path) => write!(f, "unix:{}", PrintPath(path)),
             Self::UnixAbstract(name) => write!(f, "unix:@{}", percent_encode(name, PATH)),
             Self::UnixUnnamed => f.write_str("unix:"),
-            Self::Vsock { cid, port } => write!(f, "vsock://{cid}:{port}"),
+            Self::Vsock { cid, port } => write!(f, "vsock://{}:{port}", PrintCid(*cid)),
         }
+    }
+}
+
+/// A context identifier; that of whoever listens for any is a word.
+pub(crate) struct PrintCid(pub u32);
+
+impl fmt::Display for PrintCid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 == u32::MAX { f.write_str("any") } else { self.0.fmt(f) }
     }
 }
 

@@ -6,9 +6,10 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 use vellum_channel::{
-    Buffer, Channel, ChannelExt, Command, Direction, Faulty, FaultyOptions, File, FileOptions, Null, Observe,
-    Pair, Pem, Rate, Shared, Socket, Stream, Throttle, Timeout, TimeoutOptions, Tls, TlsClient,
-    TlsClientOptions, TlsIdentity, TlsServer, TlsServerOptions, WebSocket, WebSocketOptions, open_fd,
+    Buffer, Channel, ChannelExt, Command, Direction, Endpoint, Faulty, FaultyOptions, File, FileOptions,
+    ListenOptions, Null, Observe, Pair, Pem, Rate, Shared, Socket, SocketListener, SocketOptions, Stream,
+    Throttle, Timeout, TimeoutOptions, Tls, TlsClient, TlsClientOptions, TlsIdentity, TlsServer,
+    TlsServerOptions, WebSocket, WebSocketOptions, open_fd,
 };
 use vellum_conformance::channel::{Carries, End, Subject, Traits, passes};
 
@@ -79,6 +80,53 @@ fn tcp_over_ipv6() {
 #[test]
 fn unix() {
     passes(&Subject::new("unix", Traits::default(), || async { Ok(boxed(Socket::pair()?)) }));
+}
+
+/// Two ends by the kernel's `vsock_loopback`, whose address is 1.
+async fn vsock_pair() -> io::Result<(Socket, Socket)> {
+    let any = Endpoint::Vsock { cid: u32::MAX, port: u32::MAX };
+    let listener = SocketListener::bind(&any, &ListenOptions::default())?;
+    let Endpoint::Vsock { port, .. } = listener.local_endpoint()? else {
+        return Err(io::Error::other("another kind of address"));
+    };
+    let to = Endpoint::Vsock { cid: 1, port };
+    let near = Socket::connect(&to, &SocketOptions::default()).await?;
+    Ok((near, listener.accept().await?))
+}
+
+/// Set where there must be a loopback of vsock.
+const NEEDS_VSOCK: &str = "VELLUM_TEST_NEEDS_VSOCK";
+
+/// Here if this kernel has the loopback, else the same test in a kernel that has it.
+#[test]
+fn vsock() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("an executor");
+    match runtime.block_on(vsock_pair()) {
+        Ok(_) => {
+            passes(&Subject::new("vsock", Traits::default(), || async { Ok(boxed(vsock_pair().await?)) }))
+        }
+        Err(error) if std::env::var_os(NEEDS_VSOCK).is_some() => panic!("no loopback of vsock: {error}"),
+        Err(_) => vsock_in_another_kernel(),
+    }
+}
+
+fn vsock_in_another_kernel() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/in-uml.sh");
+    let ran = std::process::Command::new(script)
+        .args(["env", &format!("{NEEDS_VSOCK}=1")])
+        .arg(std::env::current_exe().expect("this program"))
+        .args(["--exact", "vsock", "--nocapture"])
+        .output()
+        .expect("a shell");
+    let said = format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    match ran.status.code() {
+        Some(0) => assert!(said.contains("1 passed"), "{said}"),
+        // No such kernel here, or it may not be started (no `ptrace`).
+        Some(125) => {
+            println!("not run: no loopback of vsock on this machine, and no kernel that has it: {said}")
+        }
+        _ => panic!("in a kernel with vsock, {}:\n{said}", ran.status),
+    }
 }
 
 /// Passes all on between its standard streams and a socket, each direction for itself. (`socat` does not tell its standard

@@ -1,6 +1,7 @@
 //! Printing addresses, so that they read back as the same.
 
 use super::{Address, Families, FileMode, KeepAlivePart, Place, SocketPart, TlsPart, WebSocketPart};
+use crate::endpoint::PrintCid;
 use crate::tls::{ClientCertificates, TlsVersions};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use std::ffi::OsStr;
@@ -100,7 +101,7 @@ impl Address {
             },
             Place::UnixPath { path, .. } | Place::File { path, .. } => PrintPath(path).fmt(f),
             Place::UnixAbstract { name } => write!(f, "@{}", percent_encode(name, PATH)),
-            Place::Vsock { cid, port } => write!(f, "//{cid}:{port}"),
+            Place::Vsock { cid, port } => write!(f, "//{}:{port}", PrintCid(*cid)),
             Place::Exec { command } => f.write_str(command),
             Place::Fd { number } => number.fmt(f),
             Place::Stdio | Place::Null => Ok(()),

@@ -52,7 +52,7 @@ const PRINTED: &[(&str, &str)] = &[
     ("unix:@n%e9", "unix:@n%E9"),
     ("unix:////x?mode=660&unlink=off", "unix:////x?mode=660&unlink=off"),
     ("vsock://host:1024", "vsock://2:1024"),
-    ("vsock:any:1", "vsock://4294967295:1"),
+    ("vsock:any:1", "vsock://any:1"),
     (
         "tls+tcp://a:1?ca=/x/ca.pem&cert=c&key=k&crl=1&crl=2&sni=b&alpn=h2&alpn=nbd&tls=1.2",
         "tls+tcp://a:1?ca=/x/ca.pem&cert=c&key=k&crl=1&crl=2&sni=b&alpn=h2&alpn=nbd&tls=1.2",

@@ -147,7 +147,10 @@ impl Socket {
             Err(cause) if crate::error::kind_of(&cause).is_some() => Err(cause),
             Err(cause) => {
                 let hint = match to {
-                    Endpoint::Vsock { cid: VSOCK_LOCAL, .. } => {
+                    // With the loopback, a port that nobody listens on is a reset.
+                    Endpoint::Vsock { cid: VSOCK_LOCAL, .. }
+                        if cause.kind() != io::ErrorKind::ConnectionReset =>
+                    {
                         " on this machine itself: that needs the kernel's vsock_loopback"
                     }
                     _ => "",
