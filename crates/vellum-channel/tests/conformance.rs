@@ -121,9 +121,9 @@ fn vsock_in_another_kernel() {
     let said = format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
     match ran.status.code() {
         Some(0) => assert!(said.contains("1 passed"), "{said}"),
-        // No such kernel here, or it may not be started (no `ptrace`).
+        // A machine that does not let a process trace another one.
         Some(125) => {
-            println!("not run: no loopback of vsock on this machine, and no kernel that has it: {said}")
+            println!("not run: no loopback of vsock here, and the kernel that has it does not start: {said}")
         }
         _ => panic!("in a kernel with vsock, {}:\n{said}", ran.status),
     }
