@@ -139,7 +139,7 @@ fn link(request: &CreateRequest) -> Result<Option<Link>> {
         None => Err(usage(request, "the parent has no UUID, which is all by which a VDI image can name it")
             .field("uuidLinkage")
             .found(format!("{} ({})", parent.place, parent.format))
-            .allowed("a parent with a UUID: vdi, vhd, vhdx, and vmdk that VirtualBox made")
+            .allowed("a parent with a UUID: vdi, vhd, and vmdk that VirtualBox made")
             .hint("make the child in a format that names its parent by its place, as qcow2 does")),
     }
 }

@@ -126,7 +126,7 @@ fn plan(request: &CreateRequest) -> Result<Plan> {
             .field("currentSize")
             .found(size)
             .allowed(format!("up to {SIZE_MAX} bytes (2040 GiB)"))
-            .hint("choose another format: vhdx, qcow2, vdi or vmdk hold larger disks")
+            .hint("choose another format: qcow2, vdi and vmdk hold larger disks")
     };
     if request.virtual_size > SIZE_MAX {
         return Err(too_large(request.virtual_size));
