@@ -141,6 +141,32 @@ fn nothing_is_read_from_a_file_that_is_written() {
     dir.vellum(&["channel", &to, &to]).exits(2).says("writing only");
 }
 
+/// With one direction only, nobody waits for the other: not a command for the end of its input, nor for its output to be
+/// read, nor a peer that answers all that it gets.
+#[test]
+fn the_direction_that_is_not_wanted_holds_up_nothing() {
+    let dir = Dir::new();
+    dir.write("data", &data());
+    let from = format!("file://{}", dir.path("data").display());
+    let tee = format!("exec:tee {}", dir.path("copy").display());
+    dir.vellum(&["channel", "--one-way", &from, &tee]).exits(0);
+    assert!(dir.read("copy") == data());
+    // One that speaks last still can.
+    let late = format!("exec:cat > {}; sleep 0.2; echo done", dir.path("copy").display());
+    dir.vellum(&["channel", "--one-way", &from, &late]).exits(0);
+    let to = format!("file://{}?mode=write", dir.path("copy").display());
+    dir.vellum(&["channel", "--one-way", "exec:cat; echo only this", &to]).exits(0);
+    assert_eq!(dir.read("copy"), b"only this\n");
+    dir.vellum(&["channel", "exec:cat; echo or this", &to]).exits(0);
+    assert_eq!(dir.read("copy"), b"or this\n");
+
+    let mut echo = Listening::start(&dir, &["listen:tcp://127.0.0.1:0", "exec:cat"]);
+    dir.write("data", &data().repeat(5));
+    dir.vellum(&["channel", "--one-way", &from, &echo.place]).exits(0);
+    echo.child.kill().expect("killed");
+    echo.child.wait().expect("it ends");
+}
+
 #[test]
 fn many_connections_and_socat() {
     let dir = Dir::new();
