@@ -468,7 +468,9 @@ fn explain(error: io::Error, what: &str) -> Error {
         ErrorKind::AddressSyntax
         | ErrorKind::Invalid
         | ErrorKind::Unsupported
-        | ErrorKind::WrongDescriptor => Code::Usage,
+        | ErrorKind::WrongDescriptor
+        // Of this side: the address names the wrong files.
+        | ErrorKind::TlsCredentials => Code::Usage,
         ErrorKind::Resolve => Code::NotFound,
         ErrorKind::Limit => Code::ProtoLimit,
         ErrorKind::Refused => Code::Permission,

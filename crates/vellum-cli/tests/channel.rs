@@ -202,6 +202,8 @@ fn the_report_counts_and_errors_have_codes() {
     assert_eq!((&report["connections"], &report["failed"]), (&1.into(), &0.into()));
     dir.vellum(&["channel", "tcp://127.0.0.1:1", "null:"]).exits(4).says("refused");
     dir.vellum(&["channel", "tpc://x:1", "null:"]).exits(2).says("tcp");
+    dir.vellum(&["channel", "tls+tcp://127.0.0.1:1?ca=/no/ca.pem", "null:"]).exits(2).says("/no/ca.pem");
+    dir.vellum(&["channel", "listen:tls+tcp://127.0.0.1:0", "null:"]).exits(2).says("cert=FILE");
     dir.vellum(&["channel", "listen:unix:@a", "listen:unix:@b"]).exits(2).says("one of the two");
     dir.vellum(&["channel", "--json", "-", "null:"]).exits(2);
     let error = dir.vellum(&["channel", "--json", "exec:exit 3", "null:"]).exits(4).any_json();
