@@ -4,6 +4,7 @@ use crate::channel::{Base, Channel, Closed, Interest, ReadFlags, WriteFlags, Zer
 use crate::control::Control;
 use crate::descriptors::Descriptors;
 use crate::endpoint::{Endpoint, PeerProcess};
+use crate::error::{ErrorKind, kind_of};
 use parking_lot::Mutex;
 use std::fmt::{self, Debug};
 use std::io::{self, IoSlice, IoSliceMut, SeekFrom};
@@ -128,6 +129,18 @@ impl Wake for Waiters {
     }
 }
 
+/// What two directions that are waited for come to. One that the channel does not have is not, if there is the other.
+fn either(one: Poll<io::Result<Interest>>, other: Poll<io::Result<Interest>>) -> Poll<io::Result<Interest>> {
+    let is_missing = |error: &io::Error| kind_of(error) == Some(ErrorKind::Unsupported);
+    match (one, other) {
+        (Poll::Ready(Ok(one)), Poll::Ready(Ok(other))) => Poll::Ready(Ok(one | other)),
+        (Poll::Ready(Err(error)), other) if is_missing(&error) => other,
+        (one, Poll::Ready(Err(error))) if is_missing(&error) => one,
+        (Poll::Pending, other) => other,
+        (one, _) => one,
+    }
+}
+
 impl<C: Channel + ?Sized> Channel for Shared<C> {
     fn base(&self) -> &Base {
         &self.base
@@ -169,11 +182,7 @@ impl<C: Channel + ?Sized> Channel for Shared<C> {
         if interest.contains(Interest::WRITE) {
             let writable =
                 self.poll(&self.writers, cx, |channel, cx| channel.poll_ready(cx, Interest::WRITE));
-            found = match (found, writable) {
-                (Poll::Ready(Ok(one)), Poll::Ready(Ok(other))) => Poll::Ready(Ok(one | other)),
-                (Poll::Pending, other) => other,
-                (one, _) => one,
-            };
+            found = either(found, writable);
         }
         found
     }
