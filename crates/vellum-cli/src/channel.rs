@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWriteExt};
 use tokio::task::JoinSet;
-use vellum::{Code, Control, Error};
+use vellum::{Code, Error};
 use vellum_channel::{
     Address, Channel, ChannelExt, Command, ConnectOptions, Counters, Direction, ErrorKind, Features,
     FileMode, Listener, ListenerOptions, Observe, Place, Rate, Throttle, Timeout, TimeoutOptions, connect,
@@ -234,7 +234,7 @@ impl Work {
         let bar = bar.then(spinner);
         self.terminal.set_bar(bar.clone());
         let (mut shown, mut before) = (Instant::now(), self.moved());
-        while meter.check_signal() == Control::Continue {
+        while !meter.is_signalled() {
             tokio::time::sleep(LOOK).await;
             let interval = if bar.is_some() { Duration::from_secs(1) } else { LINE };
             if let Some(bar) = &bar {
@@ -413,14 +413,16 @@ async fn idle(counters: &Counters, limit: Option<Duration>) {
         let counts = counters.snapshot();
         (counts.read.bytes, counts.written.bytes)
     };
-    let mut before = moved();
+    let look = (limit / 10).min(Duration::from_secs(1));
+    let (mut before, mut since) = (moved(), Instant::now());
     loop {
-        tokio::time::sleep(limit).await;
+        tokio::time::sleep(look).await;
         let now = moved();
-        if now == before {
+        if now != before {
+            (before, since) = (now, Instant::now());
+        } else if since.elapsed() >= limit {
             return;
         }
-        before = now;
     }
 }
 

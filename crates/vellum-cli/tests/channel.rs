@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 fn data() -> Vec<u8> {
     (0..3_000_000_u32).map(|at| at.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect()
@@ -193,6 +194,21 @@ fn many_connections_and_socat() {
 }
 
 #[test]
+fn a_signal_stops_it_at_once_and_the_counts_are_told() {
+    let dir = Dir::new();
+    let listening = Listening::start(&dir, &["listen:tcp://127.0.0.1:0", "exec:cat"]);
+    let mut stream = TcpStream::connect(("127.0.0.1", listening.port())).expect("connected");
+    stream.write_all(b"hello").expect("written");
+    stream.read_exact(&mut [0; 5]).expect("echoed");
+    let killed = Command::new("kill").args(["-TERM", &listening.child.id().to_string()]).status();
+    assert!(killed.expect("kill runs").success());
+    let (code, said) = listening.end();
+    assert_eq!(code, 143, "{said}");
+    assert!(said.contains("5 bytes from A to B, 5 bytes back"), "{said}");
+    assert!(said.contains("what was on its way is lost") && !said.contains("step"), "{said}");
+}
+
+#[test]
 fn the_report_counts_and_errors_have_codes() {
     let dir = Dir::new();
     dir.write("data", &data());
@@ -210,4 +226,13 @@ fn the_report_counts_and_errors_have_codes() {
     assert!(error["error"]["message"].as_str().expect("text").contains("exit status: 3"), "{error}");
     dir.vellum(&["channel", "tcp://no-such-host.invalid:1", "null:"]).exits(3).says("no-such-host.invalid");
     dir.vellum(&["channel", "--idle", "1", "exec:exec sleep 20", "null:"]).exits(4).says("--idle");
+    // The time counts from what moved last, wherever in between that was.
+    let begun = Instant::now();
+    let late = "exec:echo x; sleep 0.3; echo y; exec sleep 20";
+    dir.vellum(&["channel", "--idle", "2", late, "null:"])
+        .exits(4)
+        .says("4 bytes from A to B")
+        .says("--idle");
+    let took = begun.elapsed().as_secs_f32();
+    assert!((2.2..3.6).contains(&took), "{took} s");
 }
