@@ -141,6 +141,16 @@ impl<C: Channel> Blocking<C> {
         self.executor.block_on(self.channel.readv_full_all_eof(bufs, fds, flags))
     }
 
+    /// See [`ChannelExt::readv_full_all`]. Waits in either mode.
+    pub fn readv_full_all(
+        &mut self,
+        bufs: &mut [IoSliceMut<'_>],
+        fds: Option<&mut Descriptors>,
+        flags: ReadFlags,
+    ) -> io::Result<()> {
+        self.executor.block_on(self.channel.readv_full_all(bufs, fds, flags))
+    }
+
     /// See [`ChannelExt::readv_all_eof`]. Waits in either mode.
     pub fn readv_all_eof(&mut self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<bool> {
         self.executor.block_on(self.channel.readv_all_eof(bufs))

@@ -210,14 +210,15 @@ fn web_socket_over_tls() {
 fn wrapped_four_times() {
     passes(&Subject::new("timeout, throttle, observe and share", Traits::default(), || async {
         let (near, far) = Socket::pair()?;
-        let wrap = |socket| {
-            let long = Some(Duration::from_secs(100));
-            let timed = Timeout::new(socket, TimeoutOptions { read: long, write: long });
-            let throttled = Throttle::new(timed, Some(Rate::new(1 << 30)), Some(Rate::new(1 << 30)));
-            Shared::new(Observe::new(throttled))
-        };
         Ok(boxed((wrap(near), wrap(far))))
     }));
+}
+
+fn wrap<C: Channel>(channel: C) -> Shared<Observe<Throttle<Timeout<C>>>> {
+    let long = Some(Duration::from_secs(100));
+    let timed = Timeout::new(channel, TimeoutOptions { read: long, write: long });
+    let throttled = Throttle::new(timed, Some(Rate::new(1 << 30)), Some(Rate::new(1 << 30)));
+    Shared::new(Observe::new(throttled))
 }
 
 #[test]
@@ -245,6 +246,14 @@ fn pipes() {
     passes(&Subject::new("pipe", one_way(), || async {
         let (near, far) = pipe()?;
         Ok(boxed((File::from_fd(near)?, File::from_fd(far)?)))
+    }));
+}
+
+#[test]
+fn wrapped_pipes() {
+    passes(&Subject::new("pipe in timeout, throttle, observe and share", one_way(), || async {
+        let (near, far) = pipe()?;
+        Ok(boxed((wrap(File::from_fd(near)?), wrap(File::from_fd(far)?))))
     }));
 }
 

@@ -8,16 +8,18 @@ use crate::text;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
+use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWriteExt};
 use tokio::task::JoinSet;
-use vellum::{Code, Control, Error};
+use vellum::{Code, Error};
 use vellum_channel::{
-    Address, Channel, ChannelExt, ConnectOptions, Counters, ErrorKind, FileMode, Listener, ListenerOptions,
-    Observe, Place, Rate, Throttle, Timeout, TimeoutOptions, connect, kind_of,
+    Address, Channel, ChannelExt, Command, ConnectOptions, Counters, Direction, ErrorKind, Features,
+    FileMode, Listener, ListenerOptions, Observe, Place, Rate, Throttle, Timeout, TimeoutOptions, connect,
+    kind_of,
 };
 
 const AFTER_HELP: &str = "\
@@ -112,6 +114,17 @@ impl Way {
             (true, _) => Ok(Self::Forth),
             (false, true) if !args.one_way => Ok(Self::Back),
             (false, _) => Err(usage("nothing can be read: the file is opened for writing only")),
+        }
+    }
+}
+
+impl Way {
+    /// What is done with A, and with B.
+    fn directions(self) -> [Direction; 2] {
+        match self {
+            Self::Both => [Direction::Both; 2],
+            Self::Forth => [Direction::Read, Direction::Write],
+            Self::Back => [Direction::Write, Direction::Read],
         }
     }
 }
@@ -221,7 +234,7 @@ impl Work {
         let bar = bar.then(spinner);
         self.terminal.set_bar(bar.clone());
         let (mut shown, mut before) = (Instant::now(), self.moved());
-        while meter.check_signal() == Control::Continue {
+        while !meter.is_signalled() {
             tokio::time::sleep(LOOK).await;
             let interval = if bar.is_some() { Duration::from_secs(1) } else { LINE };
             if let Some(bar) = &bar {
@@ -255,7 +268,8 @@ impl Work {
     }
 
     async fn join_opened(&self, a: &Side, b: &Side) -> Result<(), Error> {
-        let (near, far) = tokio::try_join!(open(&a.address), open(&b.address))?;
+        let [of_a, of_b] = self.limits.way.directions();
+        let (near, far) = tokio::try_join!(open(&a.address, of_a), open(&b.address, of_b))?;
         self.join(near, far).await
     }
 
@@ -277,8 +291,9 @@ impl Work {
                 Some(_) = joined.join_next() => continue,
             };
             let (work, to, swap) = (self.clone(), to.clone(), b.listens);
+            let [of_a, of_b] = self.limits.way.directions();
             let one = async move {
-                let other = open(&to).await?;
+                let other = open(&to, if swap { of_a } else { of_b }).await?;
                 let (near, far) = if swap { (other, accepted) } else { (accepted, other) };
                 work.join(near, far).await
             };
@@ -370,10 +385,25 @@ impl Work {
 }
 
 /// Moves all that comes from `from`, and ends `to`.
-async fn pump(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
-    let mut reader = tokio::io::BufReader::with_capacity(BUFFER, from);
-    tokio::io::copy_buf(&mut reader, to).await?;
-    to.shutdown().await
+async fn pump(from: &mut impl Channel, to: &mut impl Channel) -> io::Result<()> {
+    let answers = to.features().contains(Features::SHUTDOWN);
+    let (unwanted, mut to) = tokio::io::split(to);
+    let moving = async {
+        let mut reader = tokio::io::BufReader::with_capacity(BUFFER, from);
+        tokio::io::copy_buf(&mut reader, &mut to).await?;
+        to.shutdown().await
+    };
+    tokio::select! {
+        moved = moving => moved,
+        never = discard(unwanted), if answers => match never {},
+    }
+}
+
+/// Takes what a peer says to whom nobody listens: one that cannot go on saying it would stop to listen itself, and pings and
+/// alerts would go unnoticed. (Not of files, whose position it would move.) That it ends, or fails, the writes tell.
+async fn discard(mut unwanted: impl AsyncRead + Unpin) -> Infallible {
+    let _: io::Result<u64> = tokio::io::copy(&mut unwanted, &mut tokio::io::sink()).await;
+    std::future::pending().await
 }
 
 /// Ends when nothing has moved for so long; never without a limit.
@@ -383,14 +413,16 @@ async fn idle(counters: &Counters, limit: Option<Duration>) {
         let counts = counters.snapshot();
         (counts.read.bytes, counts.written.bytes)
     };
-    let mut before = moved();
+    let look = (limit / 10).min(Duration::from_secs(1));
+    let (mut before, mut since) = (moved(), Instant::now());
     loop {
-        tokio::time::sleep(limit).await;
+        tokio::time::sleep(look).await;
         let now = moved();
-        if now == before {
+        if now != before {
+            (before, since) = (now, Instant::now());
+        } else if since.elapsed() >= limit {
             return;
         }
-        before = now;
     }
 }
 
@@ -399,8 +431,21 @@ fn idled(limit: Option<Duration>) -> io::Error {
     vellum_channel::error(ErrorKind::Timeout, format!("nothing moved for {seconds} s (--idle)"))
 }
 
-async fn open(address: &Address) -> Result<Box<dyn Channel>, Error> {
-    connect(address, &ConnectOptions::default()).await.map_err(|error| explain(error, &address.to_string()))
+/// Opens what the address leads to, of a command the streams that are used: it need not wait for input that never comes, nor
+/// for somebody to read its output.
+async fn open(address: &Address, direction: Direction) -> Result<Box<dyn Channel>, Error> {
+    let opened = match &address.place {
+        Place::Exec { command } if direction != Direction::Both => {
+            let mut shell = std::process::Command::new("sh");
+            shell.arg("-c").arg(command);
+            Command::spawn(shell, direction).map(|mut channel| {
+                channel.set_name(command);
+                Box::new(channel) as Box<dyn Channel>
+            })
+        }
+        _ => connect(address, &ConnectOptions::default()).await,
+    };
+    opened.map_err(|error| explain(error, &address.to_string()))
 }
 
 fn sizes((forth, back): (u64, u64)) -> String {
@@ -425,7 +470,9 @@ fn explain(error: io::Error, what: &str) -> Error {
         ErrorKind::AddressSyntax
         | ErrorKind::Invalid
         | ErrorKind::Unsupported
-        | ErrorKind::WrongDescriptor => Code::Usage,
+        | ErrorKind::WrongDescriptor
+        // Of this side: the address names the wrong files.
+        | ErrorKind::TlsCredentials => Code::Usage,
         ErrorKind::Resolve => Code::NotFound,
         ErrorKind::Limit => Code::ProtoLimit,
         ErrorKind::Refused => Code::Permission,

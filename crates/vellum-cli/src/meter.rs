@@ -105,6 +105,11 @@ impl Meter {
         }
     }
 
+    /// The same, for those who stop at once: nothing is said about a step that is under way.
+    pub fn is_signalled(&self) -> bool {
+        self.signal.received().is_some()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Phase> {
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 fn data() -> Vec<u8> {
     (0..3_000_000_u32).map(|at| at.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect()
@@ -141,6 +142,32 @@ fn nothing_is_read_from_a_file_that_is_written() {
     dir.vellum(&["channel", &to, &to]).exits(2).says("writing only");
 }
 
+/// With one direction only, nobody waits for the other: not a command for the end of its input, nor for its output to be
+/// read, nor a peer that answers all that it gets.
+#[test]
+fn the_direction_that_is_not_wanted_holds_up_nothing() {
+    let dir = Dir::new();
+    dir.write("data", &data());
+    let from = format!("file://{}", dir.path("data").display());
+    let tee = format!("exec:tee {}", dir.path("copy").display());
+    dir.vellum(&["channel", "--one-way", &from, &tee]).exits(0);
+    assert!(dir.read("copy") == data());
+    // One that speaks last still can.
+    let late = format!("exec:cat > {}; sleep 0.2; echo done", dir.path("copy").display());
+    dir.vellum(&["channel", "--one-way", &from, &late]).exits(0);
+    let to = format!("file://{}?mode=write", dir.path("copy").display());
+    dir.vellum(&["channel", "--one-way", "exec:cat; echo only this", &to]).exits(0);
+    assert_eq!(dir.read("copy"), b"only this\n");
+    dir.vellum(&["channel", "exec:cat; echo or this", &to]).exits(0);
+    assert_eq!(dir.read("copy"), b"or this\n");
+
+    let mut echo = Listening::start(&dir, &["listen:tcp://127.0.0.1:0", "exec:cat"]);
+    dir.write("data", &data().repeat(5));
+    dir.vellum(&["channel", "--one-way", &from, &echo.place]).exits(0);
+    echo.child.kill().expect("killed");
+    echo.child.wait().expect("it ends");
+}
+
 #[test]
 fn many_connections_and_socat() {
     let dir = Dir::new();
@@ -167,6 +194,21 @@ fn many_connections_and_socat() {
 }
 
 #[test]
+fn a_signal_stops_it_at_once_and_the_counts_are_told() {
+    let dir = Dir::new();
+    let listening = Listening::start(&dir, &["listen:tcp://127.0.0.1:0", "exec:cat"]);
+    let mut stream = TcpStream::connect(("127.0.0.1", listening.port())).expect("connected");
+    stream.write_all(b"hello").expect("written");
+    stream.read_exact(&mut [0; 5]).expect("echoed");
+    let killed = Command::new("kill").args(["-TERM", &listening.child.id().to_string()]).status();
+    assert!(killed.expect("kill runs").success());
+    let (code, said) = listening.end();
+    assert_eq!(code, 143, "{said}");
+    assert!(said.contains("5 bytes from A to B, 5 bytes back"), "{said}");
+    assert!(said.contains("what was on its way is lost") && !said.contains("step"), "{said}");
+}
+
+#[test]
 fn the_report_counts_and_errors_have_codes() {
     let dir = Dir::new();
     dir.write("data", &data());
@@ -176,10 +218,21 @@ fn the_report_counts_and_errors_have_codes() {
     assert_eq!((&report["connections"], &report["failed"]), (&1.into(), &0.into()));
     dir.vellum(&["channel", "tcp://127.0.0.1:1", "null:"]).exits(4).says("refused");
     dir.vellum(&["channel", "tpc://x:1", "null:"]).exits(2).says("tcp");
+    dir.vellum(&["channel", "tls+tcp://127.0.0.1:1?ca=/no/ca.pem", "null:"]).exits(2).says("/no/ca.pem");
+    dir.vellum(&["channel", "listen:tls+tcp://127.0.0.1:0", "null:"]).exits(2).says("cert=FILE");
     dir.vellum(&["channel", "listen:unix:@a", "listen:unix:@b"]).exits(2).says("one of the two");
     dir.vellum(&["channel", "--json", "-", "null:"]).exits(2);
     let error = dir.vellum(&["channel", "--json", "exec:exit 3", "null:"]).exits(4).any_json();
     assert!(error["error"]["message"].as_str().expect("text").contains("exit status: 3"), "{error}");
     dir.vellum(&["channel", "tcp://no-such-host.invalid:1", "null:"]).exits(3).says("no-such-host.invalid");
     dir.vellum(&["channel", "--idle", "1", "exec:exec sleep 20", "null:"]).exits(4).says("--idle");
+    // The time counts from what moved last, wherever in between that was.
+    let begun = Instant::now();
+    let late = "exec:echo x; sleep 0.3; echo y; exec sleep 20";
+    dir.vellum(&["channel", "--idle", "2", late, "null:"])
+        .exits(4)
+        .says("4 bytes from A to B")
+        .says("--idle");
+    let took = begun.elapsed().as_secs_f32();
+    assert!((2.2..3.6).contains(&took), "{took} s");
 }

@@ -83,11 +83,12 @@ pub(super) fn server(options: &TlsServerOptions) -> io::Result<(ServerConfig, Op
 
 fn client_check(options: &TlsServerOptions) -> io::Result<Option<ClientCheck>> {
     if options.client_certificates == ClientCertificates::None {
-        if !options.allowed_names.is_empty() || !options.crls.is_empty() {
+        // Whoever names any of these means to keep others out, and would not.
+        if options.ca.is_some() || !options.allowed_names.is_empty() || !options.crls.is_empty() {
             return Err(error(
                 ErrorKind::Invalid,
-                "allowed names and revocation lists are of no use when clients are not asked for certificates: ask \
-                 for them",
+                "trusted issuers (ca), allowed names and revocation lists are of no use when clients are not asked for \
+                 certificates: ask for them (in an address client-cert=required)",
             ));
         }
         return Ok(None);

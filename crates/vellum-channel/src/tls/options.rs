@@ -138,7 +138,7 @@ pub struct TlsServerOptions {
     pub identity: TlsIdentity,
     /// Whether clients are asked for certificates.
     pub client_certificates: ClientCertificates,
-    /// The issuers that are trusted to vouch for clients. Needed if clients are asked.
+    /// The issuers that are trusted to vouch for clients. Needed if clients are asked, and an error if they are not.
     pub ca: Option<Pem>,
     /// The clients that are served, of those with a good certificate; all of them if the list is empty.
     ///

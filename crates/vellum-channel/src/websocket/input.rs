@@ -158,6 +158,9 @@ impl<C: Channel> WebSocket<C> {
         part: usize,
         flags: ReadFlags,
     ) -> Poll<io::Result<usize>> {
+        if let Some(error) = self.read_error.take() {
+            return Poll::Ready(Err(error));
+        }
         let mut cx = self.wakers.readable(Role::Reader, cx);
         let flags = inner_flags(flags);
         let polled = if part == room {

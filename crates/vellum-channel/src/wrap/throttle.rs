@@ -4,6 +4,7 @@ use super::alarm::{Alarm, Executor};
 use super::{Way, cut, cut_mut, forward, forward_ends, total, total_mut};
 use crate::channel::{Channel, Interest, ReadFlags, WriteFlags, stream_of_channel};
 use crate::descriptors::Descriptors;
+use crate::error::{ErrorKind, kind_of};
 use parking_lot::Mutex;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::BorrowedFd;
@@ -293,7 +294,16 @@ impl<C: Channel> Channel for Throttle<C> {
                 may |= condition;
             }
         }
-        if may.is_empty() { Poll::Pending } else { self.inner.poll_ready(cx, may) }
+        if may.is_empty() {
+            return Poll::Pending;
+        }
+        match self.inner.poll_ready(cx, may) {
+            // It has the other direction only, which has to wait for its rate.
+            Poll::Ready(Err(error)) if may != interest && kind_of(&error) == Some(ErrorKind::Unsupported) => {
+                Poll::Pending
+            }
+            polled => polled,
+        }
     }
 
     fn detach(&mut self) -> io::Result<()> {

@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vellum_channel::{
-    Buffer, Channel, ChannelExt, Descriptors, ErrorKind, Features, Interest, Null, Observe, Pair, Rate,
+    Buffer, Channel, ChannelExt, Descriptors, ErrorKind, Features, File, Interest, Null, Observe, Pair, Rate,
     ReadFlags, Shutdown, Throttle, Timeout, TimeoutOptions, WriteFlags, kind_of,
 };
 
@@ -91,6 +91,18 @@ async fn a_throttled_channel_is_ready_when_bytes_may_go() {
     assert!(begun.elapsed() >= Duration::from_millis(15), "{:?}", begun.elapsed());
     let count = channel.writev(&[IoSlice::new(&[0; 500])]).await.expect("some may go");
     assert!((20..100).contains(&count), "{count}");
+}
+
+/// A direction that is not there is not what becomes ready, nor what fails, while the other one waits for its rate.
+#[tokio::test]
+async fn a_throttled_pipe_waits_for_the_direction_that_it_has() {
+    let (out, mut into) = std::io::pipe().expect("a pipe");
+    let slow = Rate { bytes_per_second: 1000, burst: 40 };
+    let mut reader = Throttle::new(File::from_fd(out.into()).expect("a channel"), Some(slow), None);
+    std::io::Write::write_all(&mut into, &[7; 100]).expect("written");
+    within(reader.read_all(&mut [0; 40])).await.expect("the burst");
+    assert_eq!(within(reader.ready(Interest::all())).await.expect("ready"), Interest::READ);
+    assert_kind(within(reader.ready(Interest::WRITE)).await, ErrorKind::Unsupported);
 }
 
 #[tokio::test]

@@ -194,8 +194,16 @@ fn credentials_that_cannot_be_used_are_explained() {
     let asking = TlsServerOptions { client_certificates, ..server_of(&ca) };
     refusal(TlsServer::new(asking), ErrorKind::TlsCredentials, &["no issuer of them is trusted"]);
     let allowed_names = vec!["*".to_owned()];
-    let useless = TlsServerOptions { allowed_names, ..server_of(&ca) };
-    refusal(TlsServer::new(useless), ErrorKind::Invalid, &["not asked for certificates"]);
+    let names = TlsServerOptions { allowed_names, ..server_of(&ca) };
+    let lists = TlsServerOptions { crls: vec![ca.revocation_list(&[66], 4000)], ..server_of(&ca) };
+    let issuers = TlsServerOptions { ca: Some(ca.pem()), ..server_of(&ca) };
+    for useless in [names, lists, issuers] {
+        refusal(
+            TlsServer::new(useless),
+            ErrorKind::Invalid,
+            &["not asked for certificates", "client-cert=required"],
+        );
+    }
 }
 
 /// An expired issuer beside a good one is left out.

@@ -50,6 +50,22 @@ async fn a_good_request_gets_the_six_header_fields() {
     assert_eq!(lines.next(), Some(""));
 }
 
+/// Case W06: whatever a client offers.
+#[tokio::test]
+async fn no_extension_is_ever_agreed_on() {
+    let offer = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits, x-other\r\nHost:";
+    let (near, mut raw) = duplex(4096);
+    raw.write_all(with("Host:", offer).as_bytes()).await.expect("there is room");
+    let options = options();
+    let accepting = WebSocket::accept(Stream::new(near), &options);
+    let (server, answer) = within(async { tokio::join!(accepting, read_head(&mut raw)) }).await;
+    assert!(answer.starts_with("HTTP/1.1 101 ") && !answer.to_lowercase().contains("extensions"), "{answer}");
+    // A client that compresses all the same breaks the rules.
+    raw.write_all(&frame(0xC2, b"x", Some(*b"abcd"))).await.expect("there is room");
+    let error = within(server.expect("a good request").read_u8()).await.expect_err("a reserved bit");
+    assert_eq!(kind_of(&error), Some(ErrorKind::WebSocketProtocol), "{error}");
+}
+
 #[tokio::test]
 async fn bad_requests_are_answered() {
     let line = "GET / HTTP/1.1";

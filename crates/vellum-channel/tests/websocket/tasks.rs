@@ -8,9 +8,10 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::pin::Pin;
 use std::task::Poll;
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf, duplex};
 use vellum_channel::{
-    Channel, ChannelExt, ErrorKind, Features, Interest, Socket, WebSocket, WebSocketOptions, kind_of,
+    Channel, ChannelExt, ErrorKind, Features, Interest, Socket, Stream, Timeout, TimeoutOptions, WebSocket,
+    WebSocketOptions, kind_of,
 };
 
 /// A reader that answers pings waits for the same direction of the inner channel as the writer: none may be forgotten.
@@ -241,6 +242,32 @@ async fn a_reader_that_misses_the_rest_of_a_frame_does_not_keep_a_processor_busy
         assert!(polls < 60, "{polls} polls");
     }
     assert!(at == data.len() && got == data);
+    Ok(())
+}
+
+/// An error that a wait met is told by the read that follows it, not by a later one, whatever room that read has.
+#[tokio::test]
+async fn an_error_that_made_it_readable_is_told_at_once() -> Result {
+    for room in [100, 10_000] {
+        let (near, mut raw) = duplex(1 << 16);
+        raw.write_all(REQUEST.as_bytes()).await?;
+        let impatient = TimeoutOptions { read: Some(Duration::from_millis(50)), write: None };
+        let inner = Timeout::new(Stream::new(near), impatient);
+        let mut server = within(WebSocket::accept(inner, &options())).await?;
+        // A frame begins, and its payload is late.
+        let data = pattern(10_000);
+        let wire = frame(0x82, &data, Some(KEY));
+        let (header, payload) = wire.split_at(8);
+        raw.write_all(header).await?;
+        assert_eq!(within(server.ready(Interest::READ)).await?, Interest::READ);
+        raw.write_all(payload).await?;
+        let mut got = vec![0; 10_000];
+        let late = within(server.read(&mut got[..room])).await.expect_err("that is why it was readable");
+        assert_eq!(kind_of(&late), Some(ErrorKind::Timeout), "{late}");
+        // Nothing is lost by it.
+        within(server.read_all(&mut got)).await?;
+        assert!(got == data);
+    }
     Ok(())
 }
 

@@ -4,13 +4,17 @@ use super::{End, Needs, Subject, chunks, executor, pattern, rooms, slices};
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::sync::mpsc;
 use std::time::Duration;
-use vellum_channel::{Blocking, Channel, Closed, ErrorKind, Features, Interest, Shutdown, kind_of};
+use vellum_channel::{
+    Blocking, Channel, ChannelExt, Closed, ErrorKind, Features, Interest, ReadFlags, Shutdown, WriteFlags,
+    ZeroCopy, kind_of,
+};
 
 pub(super) fn cases(subject: &Subject) {
     case(subject, Needs::NearToFar, "chunks", |near, far| chunks_arrive(near, far, true));
     case(subject, Needs::NearToFar, "chunks, non-blocking", |near, far| chunks_arrive(near, far, false));
     case(subject, Needs::NearToFar, "std's traits", std_traits);
     case(subject, Needs::NearToFar, "would block", would_block);
+    case(subject, Needs::NearToFar, "all operations", all_operations);
     case(subject, Needs::BothWays, "both directions in four threads", four_threads);
     case(subject, Needs::FarToNear, "shutdown wakes a thread", shutdown_wakes_a_thread);
     case(subject, Needs::Nothing, "after close", after_close);
@@ -82,7 +86,8 @@ fn would_block(mut near: Ends, mut far: Ends) {
     let mut room = [0; 4];
     let error = far.read(&mut room).expect_err("nothing is there");
     assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-    near.write_all(b"yes").expect("written");
+    let written = near.write(b"yes").expect("written");
+    near.write_all(&b"yes"[written..]).expect("written");
     near.flush().expect("flushed");
     assert_eq!(far.wait(Interest::READ).expect("readable"), Interest::READ);
     let read = far.readv_full(&mut [IoSliceMut::new(&mut room)], None, vellum_channel::ReadFlags::empty());
@@ -90,6 +95,38 @@ fn would_block(mut near: Ends, mut far: Ends) {
     assert!(
         near.writev_full(&[IoSlice::new(b"z")], &[], vellum_channel::WriteFlags::empty()).expect("one") == 1
     );
+}
+
+/// Those that the other cases leave out.
+fn all_operations(mut near: Ends, mut far: Ends) {
+    near.writev_full_all(&[IoSlice::new(b"12"), IoSlice::new(b"345678")], &[], WriteFlags::empty())
+        .expect("written");
+    near.flush().expect("flushed");
+    assert_eq!(near.flush_zero_copy().expect("there was none"), ZeroCopy::Sent);
+    let mut one = [0; 1];
+    match far.channel().features().contains(Features::PEEK) {
+        true => assert_eq!((far.peek(&mut one).expect("peeked"), &one), (1, b"1")),
+        false => drop(far.peek(&mut one).expect_err("it cannot")),
+    }
+    let (mut first, mut second) = ([0; 1], [0; 2]);
+    let mut rooms = [IoSliceMut::new(&mut first), IoSliceMut::new(&mut second)];
+    assert!(far.readv_all_eof(&mut rooms).expect("three are there"));
+    assert_eq!((&first, &second), (b"1", b"23"));
+    let mut rooms = [IoSliceMut::new(&mut first), IoSliceMut::new(&mut second)];
+    far.readv_full_all(&mut rooms, None, ReadFlags::empty()).expect("three more are there");
+    assert_eq!((&first, &second), (b"4", b"56"));
+    far.run(|channel| channel.read_all(&mut one)).expect("any other operation");
+    assert_eq!(&one, b"7");
+    near.end_writing().expect("ended");
+    let mut rooms = [IoSliceMut::new(&mut one)];
+    assert!(far.readv_full_all_eof(&mut rooms, None, ReadFlags::empty()).expect("the last"));
+    assert!(!far.readv_full_all_eof(&mut rooms, None, ReadFlags::empty()).expect("the end"));
+    assert_eq!(&one, b"8");
+    far.readv_full_all(&mut [IoSliceMut::new(&mut one)], None, ReadFlags::empty()).expect_err("the end");
+    // From one thread's face to another's.
+    let mut far = far.into_inner().expect("given back");
+    far.set_name("moved");
+    assert_eq!(far.name(), "moved");
 }
 
 fn four_threads(near: Ends, far: Ends) {

@@ -4,16 +4,19 @@ use super::{End, Needs, Subject, case};
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, SeekFrom};
 use std::os::fd::AsFd;
+use tokio::io::AsyncWriteExt;
 use vellum_channel::{
     Channel, ChannelExt, Descriptors, ErrorKind, Features, ReadFlags, Shutdown, WriteFlags, ZeroCopy, kind_of,
 };
 
 pub(super) fn cases(subject: &Subject) {
     case(subject, Needs::Nothing, "descriptors", descriptors);
+    case(subject, Needs::NearToFar, "descriptors and the end", descriptors_and_the_end);
     case(subject, Needs::Nothing, "zero-copy", zero_copy);
     case(subject, Needs::Nothing, "positions", positions);
     case(subject, Needs::Nothing, "shutdown and peek", shutdown_and_peek);
     case(subject, Needs::Nothing, "names", names);
+    case(subject, Needs::Nothing, "added features", added_features);
 }
 
 async fn descriptors(mut near: End, mut far: End) {
@@ -36,6 +39,34 @@ async fn descriptors(mut near: End, mut far: End) {
     let mut rooms = [IoSliceMut::new(&mut room)];
     let error = far.readv_full(&mut rooms, Some(&mut received), ReadFlags::empty()).await;
     assert_eq!(kind_of(&error.expect_err("no descriptors")), Some(ErrorKind::Unsupported));
+}
+
+/// A read of all with room for descriptors, where they travel, and without; the end before the first byte is none.
+async fn descriptors_and_the_end(mut near: End, mut far: End) {
+    let file = File::open("/dev/null").expect("a file");
+    let passes = near.features().contains(Features::DESCRIPTORS);
+    let sent = [file.as_fd(), file.as_fd()];
+    let sent = if passes { &sent[..] } else { &[] };
+    near.writev_full_all(&[IoSlice::new(b"fi"), IoSlice::new(b"ve!")], sent, WriteFlags::empty())
+        .await
+        .expect("sent");
+    near.shutdown().await.expect("ended");
+    let (mut first, mut second) = ([0; 4], [0; 1]);
+    let mut rooms = [IoSliceMut::new(&mut first), IoSliceMut::new(&mut second)];
+    let mut received = Descriptors::default();
+    if !passes {
+        let refused = far.readv_full_all_eof(&mut rooms, Some(&mut received), ReadFlags::empty()).await;
+        assert_eq!(kind_of(&refused.expect_err("no descriptors")), Some(ErrorKind::Unsupported));
+    }
+    for is_there in [true, false] {
+        let fds = passes.then_some(&mut received);
+        let read = far.readv_full_all_eof(&mut rooms, fds, ReadFlags::empty()).await;
+        assert_eq!(read.expect("all or nothing"), is_there);
+        assert_eq!(received.len(), sent.len());
+    }
+    let peek = far.readv_full_all_eof(&mut rooms, None, ReadFlags::PEEK).await;
+    peek.expect_err("a peek of all is none, or the channel does not peek");
+    assert_eq!((&first, &second), (b"five", b"!"));
 }
 
 async fn zero_copy(mut near: End, far: End) {
@@ -86,5 +117,15 @@ async fn names(mut near: End, far: End) {
     assert_eq!(near.name(), "migration");
     assert!(near.label().contains("migration"));
     assert!(near.unsupported("cannot fly").to_string().contains("migration"));
+    drop(far);
+}
+
+async fn added_features(mut near: End, far: End) {
+    let before = near.features();
+    assert!(!before.contains(Features::LISTEN), "it is connected");
+    near.base_mut().add_feature(Features::LISTEN);
+    assert_eq!(near.features(), before | Features::LISTEN);
+    near.base_mut().add_feature(Features::LISTEN);
+    assert_eq!(near.features(), before | Features::LISTEN);
     drop(far);
 }

@@ -15,6 +15,7 @@ pub(super) fn cases(subject: &Subject) {
     case(subject, Needs::BothWays, "both directions at once", both_directions_at_once);
     case(subject, Needs::NearToFar, "Tokio's copy", tokio_copies);
     case(subject, Needs::NearToFar, "end of the stream", end_of_stream);
+    case(subject, Needs::NearToFar, "end of the stream, in slices", end_of_stream_in_slices);
     if subject.traits.is_bounded {
         case(subject, Needs::NearToFar, "an abandoned write", abandoned_write);
     }
@@ -119,6 +120,21 @@ async fn end_of_stream(mut near: End, mut far: End) {
     let cut = far.read_all(&mut three).await.expect_err("unless all are wanted");
     assert_eq!(kind_of(&cut), Some(ErrorKind::UnexpectedEof));
     assert_eq!(far.readv(&mut [IoSliceMut::new(&mut three)]).await.expect("the end again"), 0);
+}
+
+/// The end between two reads of all slices is none, the end within one is an error that says how far it came.
+async fn end_of_stream_in_slices(mut near: End, mut far: End) {
+    near.write_all(b"1234567").await.expect("written");
+    near.shutdown().await.expect("ended");
+    let (mut first, mut second) = ([0; 2], [0; 3]);
+    let mut rooms = [IoSliceMut::new(&mut first), IoSliceMut::new(&mut second)];
+    assert!(far.readv_all_eof(&mut rooms).await.expect("five are there"));
+    let mut reading = far.readv_all_eof(&mut rooms);
+    let cut = (&mut reading).await.expect_err("only two are left");
+    assert_eq!(kind_of(&cut), Some(ErrorKind::UnexpectedEof), "{cut}");
+    assert_eq!(reading.transferred(), 2);
+    assert!(!far.readv_all_eof(&mut rooms).await.expect("an end before the first byte is no error"));
+    assert_eq!((&first, &second), (b"67", b"345"));
 }
 
 /// What a dropped operation says it wrote is what the peer gets, and what follows comes after it.

@@ -98,5 +98,9 @@ fn threads(mut near: Blocking<End>, _far: Blocking<End>) {
         assert!(received == expected, "other bytes came than were written");
         assert!(!near.read_all_eof(&mut [0]).expect("the end"));
         assert_eq!(near.wait(Interest::all()).expect("ready"), Interest::all());
+        let mut four = [0; 4];
+        assert_eq!(near.preadv(&mut [IoSliceMut::new(&mut four)], 4194).expect("read"), 4);
+        assert_eq!(four, [1; 4]);
+        assert_eq!(near.pwritev(&[IoSlice::new(&four)], 4194).expect("written"), 4);
     }
 }
