@@ -27,6 +27,13 @@ impl SocketPart {
 
 impl TlsPart {
     pub(crate) fn client_options(&self, socket: &SocketPart) -> io::Result<TlsClientOptions> {
+        // Whoever names these means to keep somebody out, and would not.
+        if self.client_certificate.is_some() || !self.allowed_names.is_empty() {
+            return Err(error(
+                ErrorKind::Invalid,
+                "client-cert and allow say whom a server lets in: they belong to an address that is listened on",
+            ));
+        }
         let defaults = TlsClientOptions::default();
         Ok(TlsClientOptions {
             ca: self.ca.as_ref().map(Pem::file),

@@ -129,6 +129,20 @@ impl Way {
     }
 }
 
+/// The counts of both sides of a connection.
+#[derive(Clone)]
+struct Moved {
+    near: Counters,
+    far: Counters,
+}
+
+impl Moved {
+    /// Bytes forth and back: what the other side took, not what was read for it.
+    fn bytes(&self) -> (u64, u64) {
+        (self.far.snapshot().written.bytes, self.near.snapshot().written.bytes)
+    }
+}
+
 /// What went through, of all connections.
 #[derive(Debug, Default)]
 struct Totals {
@@ -170,14 +184,21 @@ pub fn run(args: &ChannelArgs, terminal: &Terminal) -> Result<(), Failure> {
         began: Instant::now(),
         terminal: terminal.clone(),
     });
+    // Nothing else ends it.
+    let ends_by_signal = (a.listens || b.listens) && !args.once;
     let ended = runtime.block_on(work.clone().carry_out(args, a, b, &meter));
     terminal.set_bar(None);
     // A read of standard input cannot be called back.
     runtime.shutdown_background();
-    if ended.is_ok() || !terminal.wants_json() {
+    let is_regular_end =
+        ended.as_ref().map_or_else(|error| ends_by_signal && error.code() == Code::Cancelled, |()| true);
+    if is_regular_end || !terminal.wants_json() {
         work.report(args)?;
     }
-    meter.end(ended)
+    match meter.end(ended) {
+        Err(Failure::Signal(signal, _)) if is_regular_end => Err(Failure::Stopped(signal)),
+        ended => ended,
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -201,8 +222,8 @@ struct Work {
     limits: Limits,
     /// Of connections that have ended.
     totals: Totals,
-    /// Of those that go on: of their side A.
-    live: parking_lot::Mutex<Vec<Counters>>,
+    /// Of those that go on.
+    live: parking_lot::Mutex<Vec<Moved>>,
     began: Instant,
     terminal: Terminal,
 }
@@ -222,7 +243,12 @@ impl Work {
         tokio::select! {
             ended = joining => ended,
             () = self.watch(meter) => {
-                let lost = if self.live.lock().is_empty() { "" } else { ": what was on its way is lost" };
+                let cut = self.live.lock().len();
+                if listens && cut > 0 {
+                    let connections = if cut == 1 { "1 connection".to_owned() } else { format!("{cut} connections") };
+                    self.terminal.warn(&format!("{connections} cut: what was on its way is lost"));
+                }
+                let lost = if cut == 0 { "" } else { ": what was on its way is lost" };
                 Err(Error::new(Code::Cancelled, format!("stopped{lost}")))
             }
         }
@@ -260,9 +286,9 @@ impl Work {
         let live = self.live.lock();
         let mut forth = self.totals.forth.load(Ordering::Relaxed);
         let mut back = self.totals.back.load(Ordering::Relaxed);
-        for counts in live.iter().map(Counters::snapshot) {
-            forth = forth.saturating_add(counts.read.bytes);
-            back = back.saturating_add(counts.written.bytes);
+        for bytes in live.iter().map(Moved::bytes) {
+            forth = forth.saturating_add(bytes.0);
+            back = back.saturating_add(bytes.1);
         }
         (forth, back)
     }
@@ -317,10 +343,10 @@ impl Work {
         let names = [near.label(), far.label()];
         let waiting = TimeoutOptions { read: None, write: self.limits.idle };
         let rate = self.limits.rate;
-        let mut far = Throttle::new(Timeout::new(far, waiting), rate, rate);
+        let mut far = Observe::new(Throttle::new(Timeout::new(far, waiting), rate, rate));
         let mut near = Observe::new(Timeout::new(near, waiting));
-        let counters = near.counters();
-        self.live.lock().push(counters.clone());
+        let moved = Moved { near: near.counters(), far: far.counters() };
+        self.live.lock().push(moved.clone());
         self.totals.connections.fetch_add(1, Ordering::Relaxed);
         let moving = async {
             match self.limits.way {
@@ -332,13 +358,19 @@ impl Work {
                 }
             }
         };
-        let moved = tokio::select! {
-            moved = moving => moved,
-            () = idle(&counters, self.limits.idle) => Err(idled(self.limits.idle)),
+        let ended = tokio::select! {
+            ended = moving => ended,
+            () = idle(&moved, self.limits.idle) => Err(idled(self.limits.idle)),
         };
-        self.forget(&counters);
+        self.forget(&moved);
         // After a failure nobody waits for goodbyes: a command that goes on is ended.
-        moved.map_err(|error| explain(error, &format!("{} and {}", names[0], names[1])))?;
+        ended.map_err(|error| {
+            // A file that is only read, and a peer that has something to say.
+            let takes_no_answer =
+                kind_of(&error) == Some(ErrorKind::Unsupported) && self.limits.way == Way::Both;
+            let error = explain(error, &format!("{} and {}", names[0], names[1]));
+            if takes_no_answer { error.hint("--one-way leaves out what B sends back") } else { error }
+        })?;
         let closed = [near.close().await, far.close().await];
         for (closed, name) in closed.into_iter().zip(names) {
             let closed = closed.map_err(|error| explain(error, &name))?;
@@ -350,14 +382,14 @@ impl Work {
     }
 
     /// Moves the counts of a connection that has ended to those of all.
-    fn forget(&self, counters: &Counters) {
-        let counts = counters.snapshot();
+    fn forget(&self, moved: &Moved) {
+        let (forth, back) = moved.bytes();
         let mut live = self.live.lock();
-        if let Some(at) = live.iter().position(|one| one.is_same(counters)) {
+        if let Some(at) = live.iter().position(|one| one.near.is_same(&moved.near)) {
             live.swap_remove(at);
         }
-        self.totals.forth.fetch_add(counts.read.bytes, Ordering::Relaxed);
-        self.totals.back.fetch_add(counts.written.bytes, Ordering::Relaxed);
+        self.totals.forth.fetch_add(forth, Ordering::Relaxed);
+        self.totals.back.fetch_add(back, Ordering::Relaxed);
     }
 
     fn report(&self, args: &ChannelArgs) -> Result<(), Failure> {
@@ -407,17 +439,13 @@ async fn discard(mut unwanted: impl AsyncRead + Unpin) -> Infallible {
 }
 
 /// Ends when nothing has moved for so long; never without a limit.
-async fn idle(counters: &Counters, limit: Option<Duration>) {
+async fn idle(moved: &Moved, limit: Option<Duration>) {
     let Some(limit) = limit else { return std::future::pending().await };
-    let moved = || {
-        let counts = counters.snapshot();
-        (counts.read.bytes, counts.written.bytes)
-    };
     let look = (limit / 10).min(Duration::from_secs(1));
-    let (mut before, mut since) = (moved(), Instant::now());
+    let (mut before, mut since) = (moved.bytes(), Instant::now());
     loop {
         tokio::time::sleep(look).await;
-        let now = moved();
+        let now = moved.bytes();
         if now != before {
             (before, since) = (now, Instant::now());
         } else if since.elapsed() >= limit {

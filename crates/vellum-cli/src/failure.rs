@@ -70,6 +70,8 @@ pub enum Failure {
     Error(Error),
     /// A signal stopped the job; the error says in what state.
     Signal(usize, Error),
+    /// A signal ended what nothing else ends; all is said.
+    Stopped(usize),
     /// An error that is a part of the report already.
     Reported(Error),
     /// Standard output does not take the report.
@@ -104,6 +106,7 @@ impl Failure {
                 ExitStatus::of(&error)
             }
             Failure::Reported(error) => ExitStatus::of(&error),
+            Failure::Stopped(signal) => ExitStatus::of_signal(signal),
             Failure::Signal(signal, error) => {
                 show_error(terminal, &error);
                 ExitStatus::of_signal(signal)

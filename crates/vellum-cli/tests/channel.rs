@@ -205,7 +205,39 @@ fn a_signal_stops_it_at_once_and_the_counts_are_told() {
     let (code, said) = listening.end();
     assert_eq!(code, 143, "{said}");
     assert!(said.contains("5 bytes from A to B, 5 bytes back"), "{said}");
-    assert!(said.contains("what was on its way is lost") && !said.contains("step"), "{said}");
+    assert!(said.contains("1 connection cut: what was on its way is lost"), "{said}");
+    assert!(!said.contains("step") && !said.contains("error"), "a listener has no other end: {said}");
+}
+
+#[test]
+fn a_listener_that_is_stopped_gives_its_report() {
+    let dir = Dir::new();
+    let mut listening = Listening::start(&dir, &["--json", "listen:tcp://127.0.0.1:0", "exec:cat"]);
+    let mut report = listening.child.stdout.take().expect("standard output");
+    let mut stream = TcpStream::connect(("127.0.0.1", listening.port())).expect("connected");
+    stream.write_all(b"hello").expect("written");
+    stream.shutdown(Shutdown::Write).expect("ended");
+    stream.read_to_end(&mut Vec::new()).expect("echoed");
+    let killed = Command::new("kill").args(["-INT", &listening.child.id().to_string()]).status();
+    assert!(killed.expect("kill runs").success());
+    let (code, said) = listening.end();
+    assert_eq!(code, 130, "{said}");
+    let report: serde_json::Value = serde_json::from_reader(&mut report).expect("a report");
+    assert_eq!((&report["connections"], &report["failed"]), (&1.into(), &0.into()));
+    assert_eq!((&report["bytes_a_to_b"], &report["bytes_b_to_a"]), (&5.into(), &5.into()));
+}
+
+#[test]
+fn what_is_counted_was_taken_and_an_answer_that_has_no_place_is_told() {
+    let dir = Dir::new();
+    dir.write("data", &data());
+    let from = format!("file://{}", dir.path("data").display());
+    // It reads nothing: not more than a pipe holds goes there.
+    let ran =
+        dir.vellum(&["channel", "--idle", "1", &from, "exec:sleep 9"]).exits(4).says("nothing could be sent");
+    assert!(ran.err.contains("64 KiB from A to B"), "{}", ran.err);
+    dir.vellum(&["channel", &from, "exec:cat"]).exits(2).says("--one-way leaves out what B sends back");
+    dir.vellum(&["channel", "--one-way", &from, "exec:cat"]).exits(0);
 }
 
 #[test]
@@ -220,6 +252,9 @@ fn the_report_counts_and_errors_have_codes() {
     dir.vellum(&["channel", "tpc://x:1", "null:"]).exits(2).says("tcp");
     dir.vellum(&["channel", "tls+tcp://127.0.0.1:1?ca=/no/ca.pem", "null:"]).exits(2).says("/no/ca.pem");
     dir.vellum(&["channel", "listen:tls+tcp://127.0.0.1:0", "null:"]).exits(2).says("cert=FILE");
+    dir.vellum(&["channel", "tls+tcp://127.0.0.1:1?client-cert=required", "null:"])
+        .exits(2)
+        .says("listened on");
     dir.vellum(&["channel", "listen:unix:@a", "listen:unix:@b"]).exits(2).says("one of the two");
     dir.vellum(&["channel", "--json", "-", "null:"]).exits(2);
     let error = dir.vellum(&["channel", "--json", "exec:exit 3", "null:"]).exits(4).any_json();

@@ -22,14 +22,6 @@ fn socat(arguments: [&str; 2]) -> Process {
     command
 }
 
-fn has_socat() -> bool {
-    let found = Process::new("socat").arg("-V").output().is_ok();
-    if !found {
-        println!("note: socat is not installed, see scripts/install-test-deps.sh");
-    }
-    found
-}
-
 /// Whether the process is still there, as anything but a zombie; and whether as a zombie.
 fn state_of(pid: u32) -> Option<char> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -47,9 +39,6 @@ async fn wait_until_gone(pid: u32, longest: Duration) -> Duration {
 
 #[tokio::test]
 async fn through_a_fifo_between_two_children() {
-    if !has_socat() {
-        return;
-    }
     for is_blocking in [true, false] {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("fifo");
@@ -73,9 +62,6 @@ async fn through_a_fifo_between_two_children() {
 
 #[tokio::test]
 async fn echoed_by_one_child() {
-    if !has_socat() {
-        return;
-    }
     for is_blocking in [true, false] {
         let child = Command::spawn(socat(["PIPE", "-"]), Direction::Both).expect("started");
         let control = child.control();

@@ -6,7 +6,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::task::{Context, Poll, Waker};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vellum_channel::{
-    Channel, ChannelExt, Endpoint, ErrorKind, Features, Interest, KeepAlive, ReadFlags, Socket,
+    Blocking, Channel, ChannelExt, Endpoint, ErrorKind, Features, Interest, KeepAlive, ReadFlags, Socket,
     SocketOptions, WriteFlags, kind_of,
 };
 
@@ -300,4 +300,28 @@ async fn a_name_shows_in_labels() {
     // The same, past the checks of `ChannelExt`.
     let sent = poll_fn(|cx| near.poll_writev(cx, &[IoSlice::new(b"x")], &[], WriteFlags::ZERO_COPY)).await;
     assert_eq!(kind_of(&sent.expect_err("Unix copies")), Some(ErrorKind::Unsupported));
+}
+
+/// QEMU's synchronous setup: a thread without an executor connects and talks.
+#[test]
+fn a_thread_connects() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let to = Endpoint::Ip(listener.local_addr().expect("an address"));
+    let echo = std::thread::spawn(move || {
+        let (mut peer, _) = listener.accept().expect("a connection");
+        let mut back = peer.try_clone().expect("another handle");
+        std::io::copy(&mut peer, &mut back).expect("echoed");
+    });
+    let options = SocketOptions::default();
+    let mut channel = Blocking::open(Socket::connect(&to, &options)).expect("connected");
+    channel.writev_all(&[IoSlice::new(b"there and back")]).expect("written");
+    let mut room = [0; 14];
+    channel.read_all(&mut room).expect("read");
+    assert_eq!(room, *b"there and back");
+    channel.end_writing().expect("ended");
+    assert!(!channel.read_all_eof(&mut room).expect("the end"));
+    echo.join().expect("the peer ended");
+    let nobody = Endpoint::Ip("127.0.0.1:1".parse().expect("an address"));
+    let refused = Blocking::open(Socket::connect(&nobody, &options)).expect_err("nobody is there");
+    assert_eq!(kind_of(&refused), Some(ErrorKind::Connect), "{refused}");
 }

@@ -32,21 +32,12 @@ impl Program {
     }
 }
 
-/// Whether a program runs this script; tells what is missing if not.
-fn has(program: &str, check: &str) -> bool {
-    let ran =
-        Command::new(program).args([if program.ends_with("node") { "-e" } else { "-c" }, check]).output();
-    let is_there = ran.is_ok_and(|output| output.status.success());
-    if !is_there {
-        println!("note: skipped, `{program}` cannot run `{check}`");
-    }
-    is_there
-}
-
 const PYTHON: &str = "/usr/bin/python3";
 
-fn has_python() -> bool {
-    has(PYTHON, "import websockets")
+fn needs_python() {
+    let ran = Command::new(PYTHON).args(["-c", "import websockets"]).output();
+    let is_there = ran.is_ok_and(|output| output.status.success());
+    assert!(is_there, "the package python3-websockets is needed: scripts/install-test-deps.sh");
 }
 
 fn run(program: &str, flag: &str, script: &str, arguments: &[&str]) -> Program {
@@ -132,9 +123,7 @@ asyncio.run(main())
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_python_client() -> Result {
-    if !has_python() {
-        return Ok(());
-    }
+    needs_python();
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let port = listener.local_addr()?.port().to_string();
     let sizes = SIZES.map(|size| size.to_string()).join(",");
@@ -173,9 +162,7 @@ asyncio.run(main())
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_python_server() -> Result {
-    if !has_python() {
-        return Ok(());
-    }
+    needs_python();
     let mut server = run(PYTHON, "-c", PYTHON_SERVER, &[]);
     let mut port = String::new();
     BufReader::new(server.0.stdout.take().expect("piped")).read_line(&mut port)?;
@@ -293,9 +280,7 @@ asyncio.run(main())
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_python_client_over_tls() -> Result {
-    if !has_python() {
-        return Ok(());
-    }
+    needs_python();
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
     let (directory, pem) = (tempfile::tempdir()?, made.cert.pem());
     let ca = directory.path().join("ca.pem");

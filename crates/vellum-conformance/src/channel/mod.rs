@@ -42,6 +42,8 @@ pub struct Traits {
     pub carries: Carries,
     /// It can be detached from its executor and attached to another one.
     pub moves: bool,
+    /// Its operations wait for an executor, and say so when they have to wait without one.
+    pub needs_executor: bool,
     /// After one direction has ended the other goes on.
     pub half_closes: bool,
     /// A writer is held up when nobody reads.
@@ -55,6 +57,7 @@ impl Default for Traits {
         Self {
             carries: Carries::BothWays,
             moves: true,
+            needs_executor: true,
             half_closes: true,
             is_bounded: true,
             delivers_when_dropped: true,
