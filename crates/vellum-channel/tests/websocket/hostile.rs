@@ -1,6 +1,8 @@
 //! Peers that break the rules: cases W02 to W06.
 
-use crate::support::{Got, KEY, Result, client, frame, options, read_frame, server, server_with, within};
+use crate::support::{
+    Got, KEY, Result, client, client_with, frame, options, read_frame, server, server_with, within,
+};
 use std::io;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vellum_channel::{ChannelExt, ErrorKind, WebSocketOptions, kind_of};
@@ -158,6 +160,37 @@ async fn a_ping_flood_costs_no_memory() -> Result {
     collected?;
     flushed?;
     assert!(count < 4096 / 6 + 10, "{count} pongs were kept");
+    Ok(())
+}
+
+/// Messages without a byte, and pongs that nobody asked for: what comes behind them is found, and meanwhile other tasks of the
+/// same thread have their turns, also when all of it is there at once.
+#[tokio::test]
+async fn floods_of_nothing_starve_nobody() -> Result {
+    const FRAMES: usize = 1_000_000;
+    for (is_server, first) in [(true, 0x82), (true, 0x8A), (false, 0x82), (false, 0x8A)] {
+        let key = is_server.then_some(KEY);
+        let mut flood = frame(first, b"", key).repeat(FRAMES);
+        flood.extend(frame(0x82, b"x", key));
+        let room = flood.len();
+        let (mut channel, mut raw) =
+            if is_server { server_with(&options(), room).await } else { client_with(&options(), room).await };
+        raw.write_all(&flood).await?;
+        let turns = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
+        let counting = turns.clone();
+        let other = tokio::spawn(async move {
+            loop {
+                counting.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                tokio::task::yield_now().await;
+            }
+        });
+        let mut byte = [0];
+        within(channel.read_all(&mut byte)).await?;
+        other.abort();
+        assert_eq!(byte, *b"x");
+        let turns = turns.load(std::sync::atomic::Ordering::Relaxed);
+        assert!(turns >= 4, "{turns} turns of another task beside {FRAMES} frames of type {first:#x}");
+    }
     Ok(())
 }
 
