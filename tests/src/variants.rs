@@ -1,6 +1,7 @@
 //! Every format and variant that Vellum writes, and how other tools call them.
 
-use vellum::ConvertRequest;
+use crate::writing::DISK_BYTES;
+use vellum::{ConvertRequest, CreateDiskRequest};
 
 /// A way to write a disk.
 #[derive(Clone, Copy, Debug)]
@@ -88,10 +89,25 @@ pub fn variant(name: &str) -> Variant {
 }
 
 impl Variant {
+    fn given_options(&self) -> Vec<(String, String)> {
+        self.options.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    /// An empty disk of [`DISK_BYTES`] in this variant.
+    pub fn empty_disk(&self, target: &str) -> CreateDiskRequest {
+        CreateDiskRequest {
+            target: target.to_owned(),
+            format: self.format.to_owned(),
+            virtual_size: DISK_BYTES,
+            options: self.given_options(),
+            ..CreateDiskRequest::default()
+        }
+    }
+
     /// A conversion into this variant.
     pub fn request(&self, source: &str, target: &str) -> ConvertRequest {
         ConvertRequest {
-            options: self.options.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(),
+            options: self.given_options(),
             compress: self.compress,
             threads: Some(2),
             ..ConvertRequest::new(source, target, self.format)

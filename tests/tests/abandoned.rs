@@ -7,13 +7,11 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Waker};
 use vellum::io::{Driver, LocalFiles, OpenOptions};
-use vellum::{
-    Buf, ChainOptions, CreateDiskRequest, Disk, FilePolicy, Storage, Vellum, WriteAccess, WriteFlags,
-};
+use vellum::{Buf, ChainOptions, Disk, FilePolicy, Storage, Vellum, WriteAccess, WriteFlags};
 use vellum_sim::Random;
 use vellum_tests::tools::text;
 use vellum_tests::variants::{Variant, variant};
-use vellum_tests::writing::{DISK_BYTES, SECTOR, Tag, qemu_check, read, sector_bytes, writable};
+use vellum_tests::writing::{SECTOR, Tag, qemu_check, read, sector_bytes, writable};
 
 /// Each session writes every sector once: answers that were dropped have no order among requests that overlap.
 const SESSIONS: Tag = 3;
@@ -31,13 +29,7 @@ fn a_request_whose_answer_is_dropped_is_carried_out_all_the_same() {
 fn live_through(variant: &Variant, driver: Driver, image: &Path) {
     let options = OpenOptions { driver, ..OpenOptions::default() };
     let vellum = Vellum::new(Arc::new(LocalFiles::new(FilePolicy::default(), options)));
-    let request = CreateDiskRequest {
-        target: text(image).into(),
-        format: variant.format.into(),
-        virtual_size: DISK_BYTES,
-        options: variant.options.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(),
-        ..CreateDiskRequest::default()
-    };
+    let request = variant.empty_disk(text(image));
     vellum.create(&request).unwrap();
     let open = |write| {
         let options = ChainOptions { format: Some(variant.format.into()), write, ..ChainOptions::default() };

@@ -6,19 +6,12 @@ use vellum::{ChainOptions, Code, CreateDiskRequest, Disk, Vellum, WriteAccess};
 use vellum_sim::{Fault, FaultKind, FaultOn, FileSet, Random, SimFiles};
 use vellum_tests::parallel::two_at_a_time;
 use vellum_tests::variants::{Variant, variant};
-use vellum_tests::writing::{DISK_BYTES, Model, Request, SECTOR, qemu_check, writable};
+use vellum_tests::writing::{Model, Request, SECTOR, qemu_check, writable};
 
 const NAME: &str = "disk.img";
 
 fn create(vellum: &Vellum, variant: &Variant) {
-    let request = CreateDiskRequest {
-        target: NAME.into(),
-        format: variant.format.into(),
-        virtual_size: DISK_BYTES,
-        options: variant.options.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(),
-        reproducible: true,
-        ..CreateDiskRequest::default()
-    };
+    let request = CreateDiskRequest { reproducible: true, ..variant.empty_disk(NAME) };
     vellum.create(&request).unwrap_or_else(|error| panic!("{}: creating: {error:?}", variant.name));
 }
 

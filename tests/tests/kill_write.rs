@@ -8,12 +8,12 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
-use vellum::{ChainOptions, CreateDiskRequest, Disk, FilePolicy, Vellum, WriteAccess};
+use vellum::{ChainOptions, Disk, FilePolicy, Vellum, WriteAccess};
 use vellum_sim::Random;
 use vellum_tests::parallel::two_at_a_time;
 use vellum_tests::tools::text;
 use vellum_tests::variants::{Variant, variant};
-use vellum_tests::writing::{DISK_BYTES, Model, Request, SECTOR, qemu_check, writable};
+use vellum_tests::writing::{Model, Request, SECTOR, qemu_check, writable};
 
 /// Requests between two flushes.
 const GROUP: u64 = 6;
@@ -119,13 +119,7 @@ fn what_a_flush_has_acknowledged_survives_every_kill() {
 
 fn live_through(case: &Case, image: &Path) -> u64 {
     let variant = &case.variant;
-    let request = CreateDiskRequest {
-        target: text(image).into(),
-        format: variant.format.into(),
-        virtual_size: DISK_BYTES,
-        options: variant.options.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(),
-        ..CreateDiskRequest::default()
-    };
+    let request = variant.empty_disk(text(image));
     Vellum::local(FilePolicy::default()).create(&request).unwrap();
     let sectors = open(image, variant.format, false).unwrap().size() / SECTOR;
     let mut model = Model::new(sectors);

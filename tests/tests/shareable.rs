@@ -14,7 +14,7 @@ use vellum_sim::Random;
 use vellum_tests::tools::text;
 use vellum_tests::variants::variant;
 use vellum_tests::wrap::{Hook, Op, Wrapped};
-use vellum_tests::writing::{DISK_BYTES, SECTOR, qemu_check, read, sector_bytes};
+use vellum_tests::writing::{SECTOR, qemu_check, read, sector_bytes};
 
 const CHILD: &str = "VELLUM_SHARE_CHILD";
 /// What several processes can write at once.
@@ -27,13 +27,7 @@ fn local() -> Vellum {
 fn create(directory: &Path, name: &str) -> PathBuf {
     let variant = variant(name);
     let image = directory.join(format!("{name}.{}", variant.format));
-    let request = CreateDiskRequest {
-        target: text(&image).into(),
-        format: variant.format.into(),
-        virtual_size: DISK_BYTES,
-        options: variant.options.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(),
-        ..CreateDiskRequest::default()
-    };
+    let request = variant.empty_disk(text(&image));
     local().create(&request).unwrap();
     image
 }

@@ -2,9 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use vellum::{
-    Buf, ChainOptions, CreateDiskRequest, Disk, FilePolicy, Resolver, Vellum, WriteAccess, WriteFlags,
-};
+use vellum::{Buf, ChainOptions, Disk, FilePolicy, Resolver, Vellum, WriteAccess, WriteFlags};
 use vellum_conformance::counting::CountingFiles;
 use vellum_sim::{MemoryFiles, Random};
 use vellum_tests::tools::text;
@@ -16,13 +14,7 @@ const SHAPES: [&[usize]; 2] = [&[512; 32], &[65536, 4096, 512, 0, 131_072, 33_28
 
 fn create(vellum: &Vellum, name: &str, image: &str) {
     let variant = variant(name);
-    let request = CreateDiskRequest {
-        target: image.into(),
-        format: variant.format.into(),
-        virtual_size: DISK_BYTES,
-        options: variant.options.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(),
-        ..CreateDiskRequest::default()
-    };
+    let request = variant.empty_disk(image);
     vellum.create(&request).unwrap();
 }
 

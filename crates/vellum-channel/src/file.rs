@@ -46,7 +46,8 @@ pub use options::FileOptions;
 pub struct File {
     base: Base,
     medium: Medium,
-    access: Access,
+    /// The directions that it is open for.
+    access: Interest,
     is_pipe: bool,
     /// A pipe whose writing was ended in order.
     is_write_ended: bool,
@@ -59,23 +60,6 @@ enum Medium {
     Watched(Watched),
     /// And whether something went wrong with it.
     Closed(Result<(), (io::ErrorKind, String)>),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Access {
-    Read,
-    Write,
-    Both,
-}
-
-impl Access {
-    fn directions(self) -> Interest {
-        match self {
-            Self::Read => Interest::READ,
-            Self::Write => Interest::WRITE,
-            Self::Both => Interest::all(),
-        }
-    }
 }
 
 impl File {
@@ -157,9 +141,9 @@ impl File {
             base.add_feature(Features::SEEK);
         }
         let access = match mode & OFlags::ACCMODE {
-            OFlags::WRONLY => Access::Write,
-            OFlags::RDWR => Access::Both,
-            _ => Access::Read,
+            OFlags::WRONLY => Interest::WRITE,
+            OFlags::RDWR => Interest::all(),
+            _ => Interest::READ,
         };
         Ok(Self { base, medium, access, is_pipe, is_write_ended: false, reader: Arc::default() })
     }
@@ -193,9 +177,9 @@ impl File {
 
     fn check_read(&self) -> io::Result<()> {
         self.check_open()?;
-        match self.access {
-            Access::Write => Err(self.unsupported("is open for writing only")),
-            _ => Ok(()),
+        match self.access.contains(Interest::READ) {
+            true => Ok(()),
+            false => Err(self.unsupported("is open for writing only")),
         }
     }
 
@@ -205,9 +189,9 @@ impl File {
             let message = format!("writing to {} has been ended", self.label());
             return Err(io::Error::new(io::ErrorKind::BrokenPipe, message));
         }
-        match self.access {
-            Access::Read => Err(self.unsupported("is open for reading only")),
-            _ => Ok(()),
+        match self.access.contains(Interest::WRITE) {
+            true => Ok(()),
+            false => Err(self.unsupported("is open for reading only")),
         }
     }
 
@@ -222,7 +206,7 @@ impl File {
     fn poll_end_writing(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_send_buffered(cx))?;
         if self.is_pipe
-            && self.access == Access::Write
+            && self.access == Interest::WRITE
             && let Medium::Watched(watched) = &mut self.medium
         {
             self.is_write_ended = true;
@@ -308,7 +292,7 @@ impl Channel for File {
 
     fn poll_ready(&mut self, cx: &mut Context<'_>, interest: Interest) -> Poll<io::Result<Interest>> {
         self.check_open()?;
-        let interest = conditions_to_wait_for(self, interest, self.access.directions())?;
+        let interest = conditions_to_wait_for(self, interest, self.access)?;
         // Writing that was ended fails at once.
         if self.is_write_ended && interest.contains(Interest::WRITE) {
             return Poll::Ready(Ok(Interest::WRITE));

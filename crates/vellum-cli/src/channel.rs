@@ -184,8 +184,7 @@ pub fn run(args: &ChannelArgs, terminal: &Terminal) -> Result<(), Failure> {
         began: Instant::now(),
         terminal: terminal.clone(),
     });
-    // Nothing else ends it.
-    let ends_by_signal = (a.listens || b.listens) && !args.once;
+    let ends_by_signal = ends_by_signal(args, &a, &b);
     let ended = runtime.block_on(work.clone().carry_out(args, a, b, &meter));
     terminal.set_bar(None);
     // A read of standard input cannot be called back.
@@ -199,6 +198,11 @@ pub fn run(args: &ChannelArgs, terminal: &Terminal) -> Result<(), Failure> {
         Err(Failure::Signal(signal, _)) if is_regular_end => Err(Failure::Stopped(signal)),
         ended => ended,
     }
+}
+
+/// Whether nothing else ends it.
+fn ends_by_signal(args: &ChannelArgs, a: &Side, b: &Side) -> bool {
+    (a.listens || b.listens) && !args.once
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -237,6 +241,7 @@ impl Work {
         meter: &Meter,
     ) -> Result<(), Error> {
         let listens = a.listens || b.listens;
+        let ends_by_signal = ends_by_signal(args, &a, &b);
         let joining = async {
             if listens { self.clone().serve(args, a, b).await } else { self.join_opened(&a, &b).await }
         };
@@ -244,7 +249,7 @@ impl Work {
             ended = joining => ended,
             () = self.watch(meter) => {
                 let cut = self.live.lock().len();
-                if listens && cut > 0 {
+                if ends_by_signal && cut > 0 {
                     let connections = if cut == 1 { "1 connection".to_owned() } else { format!("{cut} connections") };
                     self.terminal.warn(&format!("{connections} cut: what was on its way is lost"));
                 }
